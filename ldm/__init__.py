@@ -1,0 +1,1 @@
+"""The diffusion process, its network and its training."""

@@ -1,0 +1,88 @@
+"""From a network to a denoiser: what samplers call, whatever the network predicts and in whatever precision it runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ldm import prediction as predictions
+from ldm.prediction import Prediction
+from ldm.schedule import NoiseSchedule
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_t [B, ...], t [B], context [B, L, D]) -> output, like x_t."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a denoiser knows of the clean signal: `x0` like x_t, in float32 or wider, and the output `v` [B, ...] of a
+    learned variance, where the network has one (Nichol and Dhariwal 2021, eq. 15; it is no v-prediction)."""
+
+    x0: Tensor
+    v: Tensor | None = None
+
+
+Denoiser = Callable[[Tensor, Tensor], Estimate]
+"""(x_t [B, ...], t [B] or 0-d) -> Estimate."""
+
+
+@dataclass(frozen=True)
+class ConditionalDenoiser:
+    """Estimates x0 from x_t, its time and its context; made by `make_denoiser`.
+
+    Raises:
+        ValueError: unknown prediction, or eps prediction under zero terminal SNR.
+    """
+
+    network: Network
+    schedule: NoiseSchedule
+    prediction: Prediction
+
+    def __post_init__(self) -> None:
+        predictions.check(self.prediction, self.schedule.zero_terminal_snr)
+
+    def __call__(self, x_t: Tensor, t: Tensor, context: Tensor) -> Estimate:
+        """Run the network, in its own dtype and on its own device, on x_t [B, ...], t ([B] or 0-d), context [B, L, D].
+
+        The estimate is float32, or x_t's wider dtype, on x_t's device.
+
+        Raises:
+            ValueError: t out of the schedule's range.
+        """
+        like = _first_parameter(self.network)
+        if like is None:
+            like = x_t
+        output = self.network(x_t.to(like), t.to(like.device).expand(len(x_t)), context.to(like))
+        return Estimate(self.to_x0(output.to(x_t.device), x_t, t))
+
+    def to_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The estimate of x0 that the network's `output` at x_t stands for; float32 or x_t's wider dtype.
+
+        Raises:
+            ValueError: t out of the schedule's range.
+        """
+        alpha, sigma = self.schedule.coefficients(t, like=x_t)
+        return predictions.to_x0(self.prediction, output.to(alpha.dtype), x_t.to(alpha.dtype), alpha, sigma)
+
+    def to_output(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The network's output that the estimate `x0` at x_t stands for; float32 or x_t's wider dtype.
+
+        Raises:
+            ValueError: t out of the schedule's range, or clean (-1) for a network that does not predict x0.
+        """
+        alpha, sigma = self.schedule.coefficients(t, like=x_t)
+        return predictions.from_x0(self.prediction, x0.to(alpha.dtype), x_t.to(alpha.dtype), alpha, sigma)
+
+
+def make_denoiser(network: Network, schedule: NoiseSchedule, prediction: Prediction) -> ConditionalDenoiser:
+    """The denoiser (x_t, t, context) -> Estimate of a network that was trained on `schedule` to predict `prediction`.
+
+    Raises:
+        ValueError: unknown prediction, or eps prediction under zero terminal SNR.
+    """
+    return ConditionalDenoiser(network, schedule, prediction)
+
+
+def _first_parameter(network: Network) -> torch.Tensor | None:
+    return next(network.parameters(), None) if isinstance(network, nn.Module) else None

@@ -1,0 +1,214 @@
+"""The layers of the U-Net: residual blocks, transformer blocks, time embedding, resampling.
+
+Attribute names are those of a published Stable Diffusion U-Net, so that its state dict loads without renaming. The last
+layer of every residual branch starts at zero (Ho et al. 2020, arXiv 2006.11239, released code): a new network is the
+identity along its residual stream.
+"""
+
+import math
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+def zeroed(module: AnyModule) -> AnyModule:
+    """Set every parameter of `module` to zero and return it."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def sinusoidal_embedding(t: Tensor, width: int, *, cosine_first: bool = True, shift: float = 0.0) -> Tensor:
+    """Embed times t [B] as sines and cosines of geometrically spaced frequencies 1 ... 1/10000 (arXiv 1706.03762, 3.5).
+
+    Returns [B, width] in t's dtype. `width` is even. `shift` is taken off the number of frequencies in their spacing.
+    """
+    assert width % 2 == 0, "half of the width are sines, half cosines"
+    half = width // 2
+    exponents = -math.log(10000) * torch.arange(half, dtype=t.dtype, device=t.device) / (half - shift)
+    angles = t[:, None] * exponents.exp()
+    parts = (angles.cos(), angles.sin()) if cosine_first else (angles.sin(), angles.cos())
+    return torch.cat(parts, dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Two-layer perceptron on the sinusoidal embedding: [B, in_features] -> [B, out_features]."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, out_features)
+        self.linear_2 = nn.Linear(out_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(F.silu(self.linear_1(x)))
+        return out
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions with the time added between them: x [B,C,h,w], activated time [B,T] -> [B,C',h,w]."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_features: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_features, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.changes_width = in_channels != out_channels
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(time)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        out: Tensor = h + (self.conv_shortcut(x) if self.changes_width else x)
+        return out
+
+
+SHORT = 2**14  # queries times keys below which the plain formula is the faster one to train with on a CPU
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v (arXiv 1706.03762, equation 1): q [B,heads,N,d], k and v [B,heads,L,d] -> [B,heads,N,d].
+
+    On a CPU the fused kernel's backward pass is 4 times slower than the plain formula's where sequences are short.
+    """
+    if q.requires_grad and q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= SHORT:
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x [B,N,C] to context [B,L,D], or to x itself (arXiv 1706.03762, equation 1)."""
+
+    def __init__(self, channels: int, heads: int, context_dim: int | None = None) -> None:
+        super().__init__()
+        source = channels if context_dim is None else context_dim
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(source, channels, bias=False)
+        self.to_v = nn.Linear(source, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        source = x if context is None else context
+        q, k, v = (
+            tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for tokens in (self.to_q(x), self.to_k(source), self.to_v(source))
+        )
+        mixed = attend(q, k, v)
+        out: Tensor = self.to_out[0](mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class GEGLU(nn.Module):
+    """Linear layer whose output is gated by the GELU of a second one (arXiv 2002.05202, equation 6)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_features, 2 * out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, gate = self.proj(x).chunk(2, dim=-1)
+        out: Tensor = values * F.gelu(gate)
+        return out
+
+
+class FeedForward(nn.Module):
+    """Gated perceptron on each token, four times as wide inside: [B,N,C] -> [B,N,C]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # The published layout has a dropout at index 1; it holds no weights, but index 2 is the layer's name on disk.
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the context, feed-forward: x [B,N,C], context [B,L,D] -> [B,N,C]."""
+
+    def __init__(self, channels: int, heads: int, context_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, heads, context_dim)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        out: Tensor = x + self.ff(self.norm3(x))
+        return out
+
+
+class TokenConv(nn.Conv2d):
+    """A 1x1 convolution applied to tokens [B,N,C]: the weights of a `Conv2d`, the arithmetic of a `Linear`."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.flatten(1), self.bias)
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the positions of a feature map: x [B,C,h,w], context [B,L,D] -> [B,C,h,w].
+
+    Rombach et al. 2022 (arXiv 2112.10752), section 3.3. `linear` says how the projections around the block are stored:
+    as `Linear` (SD 2.x) or as 1x1 convolutions (SD 1.x).
+    """
+
+    def __init__(self, channels: int, heads: int, context_dim: int, groups: int, *, linear: bool) -> None:
+        super().__init__()
+        projection = nn.Linear if linear else TokenConv
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = projection(channels, channels)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim)])
+        self.proj_out = zeroed(projection(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        # In channels_last memory the tokens are a view of the feature map, and so is the way back.
+        tokens = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)
+        tokens = self.proj_in(tokens)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        tokens = self.proj_out(tokens)
+        out: Tensor = x + tokens.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return out
+
+
+class Downsample(nn.Module):
+    """Halve height and width, rounding up, by a strided convolution: [B,C,h,w] -> [B,C,ceil(h/2),ceil(w/2)]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return out
+
+
+class Upsample(nn.Module):
+    """Enlarge x [B,C,h,w] to `size` by nearest neighbours, then convolve: [B,C,*size].
+
+    The size is that of the skip connection it will meet, so odd heights and widths come back as they were.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        out: Tensor = self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return out

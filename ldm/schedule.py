@@ -1,0 +1,205 @@
+"""The forward process: how much of the clean signal is left at each time, and which times a sampler visits.
+
+q(x_t | x0) = N(alpha_t x0, sigma_t^2) with alpha^2 + sigma^2 = 1. Time t runs from 0, the least noisy, to T - 1 (the
+papers' t minus one); -1 is clean: alpha 1, sigma 0.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ScheduleKind = Literal["linear", "scaled_linear", "cosine"]
+Spacing = Literal["leading", "trailing", "linspace"]
+
+
+class NoiseSchedule:
+    """A variance-preserving noise schedule of T steps, tabulated in float64 on the CPU.
+
+    Args:
+        kind: `linear` (betas linear, Ho et al. 2020), `scaled_linear` (square roots of the betas linear, Rombach et
+            al. 2022) or `cosine` (Nichol and Dhariwal 2021, eq. 17, betas clipped at 0.999; it has no beta bounds).
+        steps: T.
+        beta_start, beta_end: the first and the last beta, 0 < beta_start <= beta_end < 1.
+        zero_terminal_snr: shift and scale alpha so that it is 0 at T - 1 (Lin et al. 2023, algorithm 1).
+
+    Raises:
+        ValueError: unknown kind, steps < 1, betas out of order, or zero terminal SNR with fewer than two steps.
+    """
+
+    alphas_cumprod: Tensor
+    """alpha^2 at t = 0 ... T - 1: float64 [T], strictly decreasing."""
+
+    def __init__(
+        self,
+        kind: ScheduleKind,
+        steps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        zero_terminal_snr: bool = False,
+    ) -> None:
+        if steps < 1:
+            raise ValueError(f"steps is {steps}: a noise schedule needs at least 1")
+        alphas_cumprod = (1 - _betas(kind, steps, beta_start, beta_end)).cumprod(0)
+        self._tabulate(_with_zero_terminal_snr(alphas_cumprod) if zero_terminal_snr else alphas_cumprod)
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> "NoiseSchedule":
+        """The schedule whose alpha^2 at t = 0 ... T - 1 is `alphas_cumprod` [T], of any float dtype.
+
+        Raises:
+            ValueError: unless it is one-dimensional and strictly decreasing, between 0 and 1, with 0 at most last.
+        """
+        values = alphas_cumprod.detach().to("cpu", torch.float64, copy=True)
+        if values.ndim != 1 or len(values) == 0:
+            raise ValueError(f"alphas_cumprod has shape {tuple(values.shape)}: give one value per time, [T]")
+        if not (0 < values[0] < 1 and values[-1] >= 0 and bool((values.diff() < 0).all())):
+            raise ValueError("alphas_cumprod must decrease strictly from below 1 and may reach 0 at its last time only")
+        schedule = cls.__new__(cls)
+        schedule._tabulate(values)
+        return schedule
+
+    def _tabulate(self, alphas_cumprod: Tensor) -> None:
+        self.alphas_cumprod = alphas_cumprod
+        # One leading entry for the clean end, so that time t is row t + 1.
+        alpha_squared = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod])
+        self._alphas = alpha_squared.sqrt()
+        self._sigmas = (1 - alpha_squared).sqrt()
+        self._log_snr = alpha_squared.log() - (-alpha_squared).log1p()
+
+    @property
+    def steps(self) -> int:
+        """T, the number of times that a network is trained at."""
+        return len(self.alphas_cumprod)
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether nothing of the signal is left at T - 1."""
+        return bool(self.alphas_cumprod[-1] == 0)
+
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) at times t, each float64, with t's shape and on its device.
+
+        t is an int or float tensor in [-1, T - 1]. Integers give the tables' entries; between two integers the log-SNR
+        is interpolated linearly. Where it is infinite at one end that is impossible, and what is linear there is
+        sigma / alpha (between -1 and 0) and alpha / sigma (between T - 2 and T - 1 under zero terminal SNR), each of
+        which is 0 at the infinite end.
+
+        Raises:
+            ValueError: t out of range. Checked on the CPU only: on an accelerator it would make the host wait.
+        """
+        if t.device.type == "cpu" and t.numel() > 0 and not (t.min() >= -1 and t.max() <= self.steps - 1):
+            raise ValueError(
+                f"t spans {t.min().item():g} to {t.max().item():g}, but this schedule has times -1 (clean) "
+                f"to {self.steps - 1}"
+            )
+        position = t.to(torch.float64) + 1
+        lower = position.floor().long()
+        alpha, sigma = self._alphas.to(t.device)[lower], self._sigmas.to(t.device)[lower]
+        if not t.is_floating_point():
+            return alpha, sigma
+        log_snr = self._interpolated_log_snr(position, lower)
+        on_table = position == lower
+        return (
+            torch.where(on_table, alpha, log_snr.sigmoid().sqrt()),
+            torch.where(on_table, sigma, (-log_snr).sigmoid().sqrt()),
+        )
+
+    def _interpolated_log_snr(self, position: Tensor, lower: Tensor) -> Tensor:
+        table = self._log_snr.to(position.device)
+        start, end = table[lower], table[position.ceil().long()]
+        weight = position - lower
+        inside = torch.lerp(start, end, weight)
+        next_to_clean = end - 2 * weight.log()
+        next_to_noise = start + 2 * (-weight).log1p()
+        return torch.where(start.isinf(), next_to_clean, torch.where(end.isinf(), next_to_noise, inside))
+
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) at t ([B] or 0-d), ready to multiply `like` [B, ...]: in float32 or its wider dtype.
+
+        Raises:
+            ValueError: t out of range.
+        """
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        alpha, sigma = self.at(t)
+        return alpha.to(like.device, dtype).reshape(shape), sigma.to(like.device, dtype).reshape(shape)
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Signal-to-noise ratio alpha^2 / sigma^2 at t: float64, t's shape and device; infinite at -1.
+
+        Raises:
+            ValueError: t out of range.
+        """
+        alpha, sigma = self.at(t)
+        return (alpha / sigma) ** 2
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha x0 + sigma eps (Ho et al. 2020, eq. 4), in the dtype of x0.
+
+        x0 and eps are [B, ...], t is [B] or 0-d.
+
+        Raises:
+            ValueError: t out of range.
+        """
+        alpha, sigma = self.coefficients(t, like=x0)
+        return (alpha * x0 + sigma * eps).to(x0.dtype)
+
+    def timesteps(self, n: int, spacing: Spacing, offset: int = 0, end: float = -1) -> Tensor:
+        """A time grid: n times to run the network at, then `end`; float64 [n + 1], strictly decreasing.
+
+        The spacings are those of Lin et al. 2023, table 2. `offset` shifts "leading" only, which alone stops short
+        of T - 1. `end` is where sampling ends: -1 is clean, 0 stands for diffusers' `set_alpha_to_one: false`.
+
+        Raises:
+            ValueError: n < 1 or n > T, unknown spacing, a first time beyond T - 1, or an end that is below -1 or not
+                below the n times.
+        """
+        last = self.steps - 1
+        if not 1 <= n <= self.steps:
+            raise ValueError(f"{n} steps asked of a schedule of {self.steps}: choose 1 to {self.steps}")
+        match spacing:
+            case "leading":
+                times = [index * (self.steps // n) + offset for index in range(n)]
+            case "trailing":
+                # Not simply -T / n: this is the stride of numpy's arange, and times half-way between two integers are
+                # rounded as diffusers rounds them only with its last bits.
+                stride = (self.steps - self.steps / n) - self.steps
+                times = [round(self.steps + index * stride) - 1 for index in reversed(range(n))]
+            case "linspace":
+                stride = last / max(n - 1, 1)
+                times = [round(index * stride) for index in range(n)]
+            case _:
+                raise ValueError(f"spacing is {spacing!r}, but must be 'leading', 'trailing' or 'linspace'")
+        if times[-1] > last:
+            raise ValueError(f"offset {offset} puts the first of {n} times at {times[-1]}, but the last time is {last}")
+        if not -1 <= end < times[0]:
+            raise ValueError(
+                f"a grid that comes down to {times[0]} cannot end at {end}: choose an end from -1 to below that"
+            )
+        return torch.tensor([*reversed(times), end], dtype=torch.float64)
+
+
+def _betas(kind: ScheduleKind, steps: int, beta_start: float, beta_end: float) -> Tensor:
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(f"beta_start {beta_start} and beta_end {beta_end} must satisfy 0 < beta_start <= beta_end < 1")
+    match kind:
+        case "linear":
+            return torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
+        case "scaled_linear":
+            return torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), steps, dtype=torch.float64) ** 2
+        case "cosine":
+            time = torch.arange(steps + 1, dtype=torch.float64) / steps
+            alphas_cumprod = ((time + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+            return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
+        case _:
+            raise ValueError(f"kind is {kind!r}, but must be 'linear', 'scaled_linear' or 'cosine'")
+
+
+def _with_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Lin et al. 2023, algorithm 1: alpha is shifted to end at 0 and scaled to start where it did."""
+    if len(alphas_cumprod) < 2:
+        raise ValueError("zero_terminal_snr needs steps of at least 2: the first time keeps its signal")
+    alpha = alphas_cumprod.sqrt()
+    return ((alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))) ** 2

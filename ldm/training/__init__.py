@@ -1,0 +1,1 @@
+"""What every training script shares: configuration, data, randomness, the loop, checkpoints."""

@@ -1,0 +1,92 @@
+"""Checkpoints that are never half-written, and exact resume.
+
+A checkpoint is a folder `step-00001000`. It is staged under a temporary name, every file is flushed to disk, a manifest with sizes
+and hashes is written last, the folder is renamed into place, and only then are old ones pruned. Losing power or being killed at
+any moment leaves the previous checkpoint intact.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+MANIFEST = "manifest.json"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)
+
+
+def _commit(staging: Path, folder: Path, step: int) -> None:
+    """Make a staged folder durable and give it its name."""
+    files = {str(f.relative_to(staging)): {"size": f.stat().st_size, "sha256": _sha256(f)} for f in _files(staging)}
+    (staging / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+    for file in [*_files(staging), staging / MANIFEST, staging]:
+        _flush(file)
+    if folder.exists():
+        shutil.rmtree(folder)
+    staging.rename(folder)
+    _flush(folder.parent)
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int) -> None:
+    """Save the state of all processes as `folder/step-...` and keep the newest `keep` checkpoints. All processes call this."""
+    staging = folder / f".tmp-{step:08}"
+    if accelerator.is_main_process:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(staging))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _commit(staging, folder / f"step-{step:08}", step)
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Committed checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).exists())
+
+
+def verify(checkpoint: Path) -> int:
+    """The checkpoint's step, if every file is as it was written. Raises ValueError that names the first damaged file."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    for name, entry in manifest["files"].items():
+        file = checkpoint / name
+        if not file.exists() or file.stat().st_size != entry["size"] or _sha256(file) != entry["sha256"]:
+            raise ValueError(f"checkpoint file {file} is damaged: delete {checkpoint} to resume from an older checkpoint")
+    return int(manifest["step"])
+
+
+def load_newest(accelerator: Accelerator, folder: Path) -> int:
+    """Restore the newest checkpoint into the prepared objects and return its step; 0 if there is none.
+
+    Raises ValueError if it is damaged: going on from an older one is the user's decision.
+    """
+    if accelerator.is_main_process:
+        for leftover in folder.glob(".tmp-*"):
+            shutil.rmtree(leftover)
+    found = checkpoints(folder)
+    if not found:
+        return 0
+    step = verify(found[-1])
+    accelerator.load_state(str(found[-1]))
+    return step

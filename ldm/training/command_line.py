@@ -1,0 +1,27 @@
+"""`--config FILE.yaml --section.field value` for the training scripts; unknown fields are errors that name the field."""
+
+import re
+import sys
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def parse_config(config_class: type[Config], description: str, arguments: list[str] | None = None) -> Config:
+    """The configuration that the command line names. Bad input ends with one line on stderr and exit code 2."""
+    import jsonargparse
+
+    class Parser(jsonargparse.ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> None:
+            line = re.sub(r"For further information visit \S+", "", " ".join(message.split()))
+            print(f"error: {line}", file=sys.stderr)
+            raise SystemExit(2)
+
+    parser = Parser(description=description)
+    parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
+    parser.add_class_arguments(config_class, as_group=False)
+    parsed = parser.parse_args(arguments)
+    del parsed["config"]
+    return config_class.model_validate(parser.instantiate_classes(parsed).as_dict())

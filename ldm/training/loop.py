@@ -1,0 +1,214 @@
+"""The loop that every training script drives: resume, order, learning rate, EMA, logs, checkpoints, hooks.
+
+A script gives `fit` one function, `train_step(batch) -> {name: scalar}`, that does forward, backward and optimizer steps itself.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from ldm.training import checkpoint
+from ldm.training.data import Batch, CaptionedDataset, Share, micro_batches
+
+MOST_SKIPPED = 10  # steps in a row whose gradient is not finite, before training gives up
+
+
+class LoopConfig(BaseModel, frozen=True, extra="forbid"):
+    """How long, how fast and where to."""
+
+    out: str
+    """Folder for checkpoints, logs, sample sheets and the model."""
+    steps: int = Field(10_000, ge=1)
+    batch_size: int = Field(32, ge=1)
+    """Pictures per step, over all processes and accumulation steps together."""
+    gradient_accumulation: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup: int = Field(100, ge=0)
+    """Steps of linear warm-up; from there a cosine falls to zero at `steps`."""
+    weight_decay: float = Field(0.01, ge=0)
+    gradient_clip: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    mixed_precision: str = Field("bf16", pattern="^(no|bf16|fp16)$")
+    seed: int = Field(0, ge=0)
+    log_every: int = Field(20, ge=1)
+    sample_every: int = Field(1000, ge=1)
+    checkpoint_every: int = Field(500, ge=1)
+    keep: int = Field(2, ge=1)
+    """Checkpoints to keep."""
+    minutes: float | None = Field(None, gt=0)
+    """Stop at a checkpoint after this time; the same command goes on from there."""
+
+
+def learning_rate_factor(config: LoopConfig, step: int) -> float:
+    """Linear warm-up, then a cosine to zero; a function of the step alone, so a resumed run has the same."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def make_accelerator(config: LoopConfig) -> Accelerator:
+    """An accelerator that logs to tensorboard under `out`; on a machine without a GPU it trains on the CPU."""
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        log_with="tensorboard",
+        project_dir=config.out,
+    )
+    accelerator.init_trackers("logs")
+    return accelerator
+
+
+def make_optimizer(model: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
+    """AdamW; weights of one dimension (norms, biases) are not decayed."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.requires_grad and p.ndim > 1]},
+        {"params": [p for p in model.parameters() if p.requires_grad and p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99))
+
+
+def make_ema(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights, fp32, whose memory grows from short to `decay` as training goes on."""
+
+    def average(averages: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        weight = 1 - min(decay, (1 + float(count)) / (10 + float(count)))
+        torch._foreach_lerp_(averages, current, weight)
+
+    return AveragedModel(model, multi_avg_fn=torch.no_grad()(average))
+
+
+@dataclass
+class Training:
+    """What `fit` drives: the accelerator, what it prepared, and the script's own functions."""
+
+    accelerator: Accelerator
+    config: LoopConfig
+    dataset: CaptionedDataset
+    optimizers: list[torch.optim.Optimizer]
+    train_step: Callable[[Batch], dict[str, Tensor]]
+    averaged: list[tuple[AveragedModel, nn.Module]] = field(default_factory=list)
+    """Each EMA and the module that it follows."""
+    on_sample: Callable[[Path], None] | None = None
+    """Writes a sample sheet to the given file; called by the main process."""
+
+
+def apply_gradients(training: Training, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Clip and step, at the end of an accumulation; a step whose gradient is not finite is skipped. Returns the gradient's norm."""
+    accelerator = training.accelerator
+    if not accelerator.sync_gradients:
+        return torch.zeros(())
+    norm = accelerator.clip_grad_norm_(model.parameters(), training.config.gradient_clip)
+    assert norm is not None
+    if torch.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm.detach().float()
+
+
+class _Log:
+    """Means of what `train_step` returns, written to tensorboard, to `log.jsonl` and to the progress bar."""
+
+    def __init__(self, training: Training, start: int, seen_per_step: int) -> None:
+        self.training, self.seen_per_step = training, seen_per_step
+        self.sums: dict[str, float] = {}
+        self.count = 0
+        self.since = time.monotonic()
+        accelerator = training.accelerator
+        self.bar = tqdm(
+            total=training.config.steps, initial=start, disable=not accelerator.is_main_process, unit="step", smoothing=0.05
+        )
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+        self.count += 1
+
+    def write(self, step: int) -> None:
+        means = {name: value / self.count for name, value in self.sums.items()}
+        seconds = time.monotonic() - self.since
+        means["images_per_second"] = self.seen_per_step / seconds if seconds else 0.0
+        means["learning_rate"] = self.training.optimizers[0].param_groups[0]["lr"]
+        self.training.accelerator.log(means, step=step)
+        if self.training.accelerator.is_main_process:
+            with (Path(self.training.config.out) / "log.jsonl").open("a") as lines:
+                lines.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in means.items()}}) + "\n")
+        self.bar.set_postfix({k: f"{v:.4g}" for k, v in means.items() if k in ("loss", "images_per_second")})
+        self.sums, self.count, self.since = {}, 0, time.monotonic()
+
+
+def _steps(training: Training, start: int) -> Iterator[list[Batch]]:
+    """This process' micro-batches of each step from `start` on."""
+    config, accelerator = training.config, training.accelerator
+    share = Share(config.batch_size, config.gradient_accumulation, accelerator.num_processes, accelerator.process_index)
+    batches = micro_batches(training.dataset, config.seed, start, config.steps, share)
+    while group := [batch for _, batch in zip(range(config.gradient_accumulation), batches, strict=False)]:
+        yield group
+
+
+def _agree_to_stop(training: Training, deadline: float) -> bool:
+    """Whether time is up by the main process' clock."""
+    answer = [time.monotonic() > deadline]
+    if training.accelerator.num_processes > 1:
+        broadcast_object_list(answer)
+    return answer[0]
+
+
+def fit(training: Training) -> int:
+    """Train from the newest checkpoint (or from the start) to `steps`, or until `minutes` are over. Returns the step reached.
+
+    Raises ValueError if the gradient was not finite for ten steps in a row.
+    """
+    accelerator, config = training.accelerator, training.config
+    folder = Path(config.out)
+    for ema, _ in training.averaged:
+        accelerator.register_for_checkpointing(ema)
+    start = checkpoint.load_newest(accelerator, folder)
+    deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
+    log = _Log(training, start, config.batch_size * config.log_every)
+    skipped, done, saved = 0, start, start
+    for optimizer in training.optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("full_lr", group["lr"])
+    for batches in _steps(training, start):
+        for optimizer in training.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["full_lr"] * learning_rate_factor(config, done)
+        values: dict[str, Tensor] = {}
+        for batch in batches:
+            values = training.train_step(batch)
+            log.add(values)
+        skipped = 0 if torch.isfinite(values.get("gradient_norm", torch.zeros(()))) else skipped + 1
+        if skipped == MOST_SKIPPED:
+            raise ValueError(f"the gradient was not finite for {skipped} steps up to step {done}: lower loop.learning_rate")
+        if not skipped:
+            for ema, model in training.averaged:
+                ema.update_parameters(accelerator.unwrap_model(model))
+        done += 1
+        log.bar.update()
+        if done % config.log_every == 0:
+            log.write(done)
+        stop = done % config.log_every == 0 and _agree_to_stop(training, deadline)
+        if done % config.checkpoint_every == 0 or stop:
+            checkpoint.save_checkpoint(accelerator, folder, done, config.keep)
+            saved = done
+        if training.on_sample and accelerator.is_main_process and (done % config.sample_every == 0 or done == config.steps):
+            training.on_sample(folder / "samples" / f"{done:08}.png")
+        if stop:
+            break
+    log.bar.close()
+    if saved != done:
+        checkpoint.save_checkpoint(accelerator, folder, done, config.keep)
+    return done

@@ -1,0 +1,249 @@
+"""The cross-attention U-Net of latent diffusion (Rombach et al. 2022, arXiv 2112.10752) as Stable Diffusion 1.x and 2.x
+use it. Parameters and config keys are named as in diffusers' `UNet2DConditionModel`: a published folder loads as it is.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.layers import (
+    Downsample,
+    ResidualBlock,
+    SpatialTransformer,
+    TimeEmbedding,
+    Upsample,
+    sinusoidal_embedding,
+    zeroed,
+)
+
+Resnets = list[ResidualBlock]
+Attentions = list[SpatialTransformer]
+Count = Annotated[int, Field(ge=1, le=65536)]
+DownType = Literal["CrossAttnDownBlock2D", "DownBlock2D"]
+UpType = Literal["CrossAttnUpBlock2D", "UpBlock2D"]
+
+
+class UNetConfig(BaseModel, frozen=True):
+    """Keys, defaults and meanings of diffusers' `UNet2DConditionModel`; keys that it does not know are ignored.
+
+    A key without a part in this network may hold only its neutral value. `attention_head_dim` is the *number* of heads,
+    as in every published folder; `num_attention_heads`, where given, goes before it. `upcast_attention` may be either:
+    fused attention keeps its scores in float32 anyway. `sample_size` is the latent size trained at, in cells.
+    """
+
+    sample_size: Count | tuple[Count, Count] | None = None
+    in_channels: Count = 4
+    out_channels: Count = 4
+    block_out_channels: Annotated[tuple[Count, ...], Field(min_length=1, max_length=16)] = (320, 640, 1280, 1280)
+    down_block_types: tuple[DownType, ...] = (*3 * ("CrossAttnDownBlock2D",), "DownBlock2D")
+    up_block_types: tuple[UpType, ...] = ("UpBlock2D", *3 * ("CrossAttnUpBlock2D",))
+    layers_per_block: Annotated[int, Field(ge=1, le=64)] = 2
+    attention_head_dim: Count | tuple[Count, ...] = 8
+    num_attention_heads: Count | tuple[Count, ...] | None = None
+    cross_attention_dim: Count = 1280
+    norm_num_groups: Count = 32
+    norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-5
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    flip_sin_to_cos: bool = True
+    freq_shift: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
+
+    mid_block_type: Literal["UNetMidBlock2DCrossAttn"] = "UNetMidBlock2DCrossAttn"
+    act_fn: Literal["silu", "swish"] = "silu"
+    transformer_layers_per_block: Literal[1] = 1
+    reverse_transformer_layers_per_block: Literal[None] = None
+    center_input_sample: Literal[False] = False
+    only_cross_attention: Literal[False] = False
+    mid_block_only_cross_attention: Literal[None, False] = None
+    dual_cross_attention: Literal[False] = False
+    downsample_padding: Literal[1] = 1
+    mid_block_scale_factor: Literal[1] = 1
+    dropout: Literal[0] = 0
+    encoder_hid_dim: Literal[None] = None
+    encoder_hid_dim_type: Literal[None] = None
+    class_embed_type: Literal[None] = None
+    num_class_embeds: Literal[None] = None
+    class_embeddings_concat: Literal[False] = False
+    projection_class_embeddings_input_dim: Literal[None] = None
+    addition_embed_type: Literal[None] = None
+    addition_embed_type_num_heads: Literal[64] = 64
+    addition_time_embed_dim: Literal[None] = None
+    resnet_time_scale_shift: Literal["default"] = "default"
+    resnet_skip_time_act: Literal[False] = False
+    resnet_out_scale_factor: Literal[1] = 1
+    time_embedding_type: Literal["positional"] = "positional"
+    time_embedding_dim: Literal[None] = None
+    time_embedding_act_fn: Literal[None] = None
+    timestep_post_act: Literal[None] = None
+    time_cond_proj_dim: Literal[None] = None
+    conv_in_kernel: Literal[3] = 3
+    conv_out_kernel: Literal[3] = 3
+    attention_type: Literal["default"] = "default"
+    cross_attention_norm: Literal[None] = None
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads of each level, from the largest feature map to the smallest."""
+        heads = self.attention_head_dim if self.num_attention_heads is None else self.num_attention_heads
+        return (heads,) * len(self.block_out_channels) if isinstance(heads, int) else heads
+
+    @property
+    def attends(self) -> tuple[bool, ...]:
+        """Whether each level attends to the context on the way down or up; the last one always does, in the middle."""
+        pairs = zip(self.down_block_types, reversed(self.up_block_types), strict=True)
+        *levels, _ = ("CrossAttn" in down + up for down, up in pairs)
+        return (*levels, True)
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> Self:
+        levels = len(self.block_out_channels)
+        lists = {"down_block_types": self.down_block_types, "up_block_types": self.up_block_types, "heads": self.heads}
+        for name, value in lists.items():
+            if len(value) != levels:
+                raise ValueError(f"{name} has {len(value)} entries, but block_out_channels has {levels}")
+        for level, width in enumerate(self.block_out_channels):
+            if width % self.norm_num_groups:
+                raise ValueError(f"block_out_channels.{level} is {width}, no multiple of {self.norm_num_groups} groups")
+            if self.attends[level] and width % self.heads[level]:
+                raise ValueError(f"block_out_channels.{level} is {width}, no multiple of {self.heads[level]} heads")
+        first = self.block_out_channels[0]
+        if first % 2 or first <= 2 * self.freq_shift:
+            raise ValueError(f"block_out_channels.0 is {first}, but must be even and more than twice freq_shift")
+        return self
+
+    @classmethod
+    def from_diffusers_config(cls, config: Mapping[str, Any]) -> Self:
+        """Check the contents of a `unet/config.json`. Raises `ValueError`, one line, for what is not supported."""
+        try:
+            return cls.model_validate(dict(config))
+        except ValidationError as error:
+            raise ValueError(f"unet config: {_first_fault(error)}") from None
+
+
+class DownBlock(nn.Module):
+    """One level on the way down: x [B,C,h,w] -> x of half the size, and every feature map left for the way up."""
+
+    def __init__(self, resnets: Resnets, attentions: Attentions, down: Downsample | None) -> None:
+        super().__init__()
+        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList([] if down is None else [down])
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
+        skips = []
+        for index, resnet in enumerate(self.resnets):
+            x = resnet(x, time)
+            if self.attentions:
+                x = self.attentions[index](x, context)
+            skips.append(x)
+        return skips + [downsample(x) for downsample in self.downsamplers]
+
+
+class MidBlock(nn.Module):
+    """Residual block, transformer, residual block at the smallest size."""
+
+    def __init__(self, resnets: Resnets, attentions: Attentions) -> None:
+        super().__init__()
+        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, time), context)
+        out: Tensor = self.resnets[1](x, time)
+        return out
+
+
+class UpBlock(nn.Module):
+    """One level on the way up; each residual block takes the last of `skips` off the list and reads it too."""
+
+    def __init__(self, resnets: Resnets, attentions: Attentions, up: Upsample | None) -> None:
+        super().__init__()
+        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
+        self.upsamplers = nn.ModuleList([] if up is None else [up])
+
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+        for index, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat((x, skips.pop()), dim=1), time)
+            if self.attentions:
+                x = self.attentions[index](x, context)
+        for upsample in self.upsamplers:
+            x = upsample(x, skips[-1].shape[2:])
+        return x
+
+
+class UNet(nn.Module):
+    """Predict from noisy latents: `unet(latents [B,C,h,w], t [B], context [B,L,D]) -> [B,C',h,w]`.
+
+    `t` is in training steps, 0 the least noisy, of any integer or real dtype; one number stands for the whole batch.
+    `latents` and `context` have the weights' dtype, except under autocast. Any h and w of at least one cell will do.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, layers, groups = config.block_out_channels, config.layers_per_block, config.norm_num_groups
+
+        def residual(in_channels: int, out_channels: int) -> ResidualBlock:
+            return ResidualBlock(in_channels, out_channels, 4 * widths[0], groups, config.norm_eps)
+
+        def transformer(level: int) -> SpatialTransformer:
+            shape = widths[level], config.heads[level], config.cross_attention_dim, groups
+            return SpatialTransformer(*shape, linear=config.use_linear_projection)
+
+        self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        for level, width in enumerate(widths):
+            above, below = widths[max(level - 1, 0)], widths[min(level + 1, len(widths) - 1)]
+            resnets = [residual(width if i else above, width) for i in range(layers)]
+            attending = layers if config.down_block_types[level] == "CrossAttnDownBlock2D" else 0
+            attentions = [transformer(level) for _ in range(attending)]
+            last = level + 1 == len(widths)
+            self.down_blocks.append(DownBlock(resnets, attentions, None if last else Downsample(width)))
+            # The way up meets this level's feature maps in reverse; the last one is what came into the level.
+            sources = [width if i else below for i in range(layers + 1)]
+            resnets = [residual(x + skip, width) for x, skip in zip(sources, [width] * layers + [above], strict=True)]
+            attending = layers + 1 if config.up_block_types[-1 - level] == "CrossAttnUpBlock2D" else 0
+            attentions = [transformer(level) for _ in range(attending)]
+            self.up_blocks.insert(0, UpBlock(resnets, attentions, None if level == 0 else Upsample(width)))
+        self.mid_block = MidBlock([residual(widths[-1], widths[-1]) for _ in range(2)], [transformer(-1)])
+        self.conv_norm_out = nn.GroupNorm(groups, widths[0], config.norm_eps)
+        self.conv_out = zeroed(nn.Conv2d(widths[0], config.out_channels, 3, padding=1))
+
+    @classmethod
+    def from_diffusers_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build from the contents of a `unet/config.json`. Raises `ValueError`, one line, if it is not supported."""
+        return cls(UNetConfig.from_diffusers_config(config))
+
+    def forward(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        time = self._embed_time(t.to(latents.device).expand(len(latents)))
+        skips = [self.conv_in(latents)]
+        for block in self.down_blocks:
+            skips += block(skips[-1], time, context)
+        x = self.mid_block(skips[-1], time, context)
+        for block in self.up_blocks:
+            x = block(x, skips, time, context)
+        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return out
+
+    def _embed_time(self, t: Tensor) -> Tensor:
+        """Embedding of t [B], activated once for all the residual blocks: [B, 4 * width]."""
+        config, dtype = self.config, self.conv_in.weight.dtype
+        # bfloat16 cannot tell t = 999 from t = 1000: the sines are taken in float32 whatever the weights are.
+        t = t.to(torch.promote_types(dtype, torch.float32))
+        width, cosine_first = config.block_out_channels[0], config.flip_sin_to_cos
+        waves = sinusoidal_embedding(t, width, cosine_first=cosine_first, shift=config.freq_shift)
+        return F.silu(self.time_embedding(waves.to(dtype)))
+
+
+def _first_fault(error: ValidationError) -> str:
+    """The first of pydantic's complaints as `field is value, but only ... is supported`."""
+    fault = error.errors(include_url=False)[0]
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
+    field = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "literal_error":
+        return f"{field} is {fault['input']!r}, but only {fault['ctx']['expected']} is supported"
+    return f"{field} is {fault['input']!r}: {fault['msg'].lower()}"

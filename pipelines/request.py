@@ -1,0 +1,104 @@
+"""What a caller asks for, with the model's defaults filled in and every value checked before anything is computed."""
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ldm.samplers import SAMPLERS
+
+MAX_SIDE = 4096
+MAX_PICTURES = 10_000
+MAX_PROMPT = 10_000
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request; `prompts` and `negatives` have one entry per picture, `height` and `width` are pixels.
+
+    Raises:
+        ValueError: one line that names the argument, its value and what is allowed.
+    """
+
+    prompts: tuple[str, ...]
+    negatives: tuple[str, ...]
+    steps: int
+    guidance: float
+    rescale: float
+    sampler: str
+    eta: float
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("guidance", self.guidance), ("eta", self.eta), ("guidance rescale", self.rescale)):
+            if not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; give a finite number")
+        for name, value in (("eta", self.eta), ("guidance rescale", self.rescale)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}; give a number from 0 to 1")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler {self.sampler!r} is unknown; there are {', '.join(sorted(SAMPLERS))}")
+        if self.eta and not takes_eta(self.sampler):
+            able = ", ".join(name for name in sorted(SAMPLERS) if takes_eta(name))
+            raise ValueError(f"sampler {self.sampler!r} has no eta; leave it at 0 or use {able}")
+
+    def check_steps(self, most: int) -> None:
+        """Raises ValueError unless 1 <= steps <= `most`."""
+        if not 1 <= self.steps <= most:
+            raise ValueError(f"steps is {self.steps}; give a number from 1 to {most}")
+
+    def check_size(self, multiple: int) -> None:
+        """Raises ValueError unless both sides are multiples of `multiple` and not absurd."""
+        for name, value in (("width", self.width), ("height", self.height)):
+            if not 0 < value <= MAX_SIDE:
+                raise ValueError(f"{name} is {value}; give a number from {multiple} to {MAX_SIDE}")
+            if value % multiple:
+                near = max(multiple, round(value / multiple) * multiple)
+                raise ValueError(f"{name} is {value}, which is not a multiple of {multiple}; the nearest is {near}")
+
+
+def takes_eta(sampler: str) -> bool:
+    return "eta" in inspect.signature(SAMPLERS[sampler]).parameters
+
+
+def checked_prompts(prompt: str | Sequence[str], copies: int) -> tuple[str, ...]:
+    """One prompt per picture: prompt by prompt, then copies.
+
+    Raises:
+        ValueError: no prompt, an empty one, one of absurd length, or an impossible number of copies.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ValueError("there is no prompt; give at least one")
+    if copies < 1 or copies * len(prompts) > MAX_PICTURES:
+        raise ValueError(f"{copies} pictures of each prompt asked for; give from 1 to {MAX_PICTURES // len(prompts)}")
+    for text in prompts:
+        if not isinstance(text, str):
+            raise ValueError(f"a prompt is {type(text).__name__}; give text")
+        if not text.strip():
+            raise ValueError("the prompt is empty; say what the picture should show")
+    return tuple(_clean(text) for text in prompts for _ in range(copies))
+
+
+def checked_negatives(negative: str | Sequence[str] | None, prompts: int, copies: int) -> tuple[str, ...]:
+    """One negative prompt per picture; "" where none is given.
+
+    Raises:
+        ValueError: a list whose length is not that of the prompts.
+    """
+    if negative is None or isinstance(negative, str):
+        return (_clean(negative or ""),) * (prompts * copies)
+    negatives = list(negative)
+    if len(negatives) != prompts:
+        raise ValueError(
+            f"there are {len(negatives)} negative prompts for {prompts} prompts; give one, or one for each"
+        )
+    return tuple(_clean(text) for text in negatives for _ in range(copies))
+
+
+def _clean(text: str) -> str:
+    if len(text) > MAX_PROMPT:
+        raise ValueError(f"a prompt has {len(text)} characters; give at most {MAX_PROMPT}")
+    return text.encode("utf-8", "replace").decode()  # lone surrogates have no tokens and no place in a file

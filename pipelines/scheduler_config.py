@@ -1,0 +1,146 @@
+"""`scheduler/scheduler_config.json`: the forward process and the time grid that a folder was made for."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+from torch import Tensor
+
+from ldm.prediction import PREDICTIONS, Prediction
+from ldm.schedule import NoiseSchedule, ScheduleKind
+
+# what diffusers' classes assume where the file says nothing
+LEADING_CLASSES = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DDIMInverseScheduler", "")
+SCHEDULES: dict[str, ScheduleKind] = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "squaredcos_cap_v2": "cosine",
+}
+
+
+class SchedulerConfig(BaseModel, frozen=True, extra="ignore"):
+    """Every key of diffusers' DDIM, DDPM, PNDM, Euler, Heun, LMS, DPM-Solver, DEIS, KDPM2 and UniPC schedulers.
+
+    The first block is used. The second changes the process or the grid in ways that are not supported, so it must be
+    neutral. The third only tunes samplers which a caller picks by name, so any value is read and none is used.
+    """
+
+    num_train_timesteps: int = Field(default=1000, ge=2, le=1_000_000)
+    beta_start: float = Field(default=0.0001, gt=0, lt=1)
+    beta_end: float = Field(default=0.02, gt=0, lt=1)
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    steps_offset: int = Field(default=0, ge=0, le=1000)
+    set_alpha_to_one: bool = True
+    rescale_betas_zero_snr: bool = False
+
+    trained_betas: Literal[None] = None
+    clip_sample: Literal[False] = False
+    thresholding: Literal[False] = False
+    use_karras_sigmas: Literal[False] | None = False
+    use_exponential_sigmas: Literal[False] | None = False
+    use_beta_sigmas: Literal[False] | None = False
+    use_lu_lambdas: Literal[False] | None = False
+    use_flow_sigmas: Literal[False] | None = False
+    use_dynamic_shifting: Literal[False] | None = False
+    shift_terminal: Literal[None] = None
+    sigma_min: Literal[None] = None
+    sigma_max: Literal[None] = None
+    final_sigmas_type: Literal["zero"] = "zero"
+    interpolation_type: Literal["linear"] = "linear"
+    timestep_type: Literal["discrete"] = "discrete"
+    variance_type: Literal["fixed_small"] | None = None
+
+    clip_sample_range: float = 1.0
+    sample_max_value: float = 1.0
+    dynamic_thresholding_ratio: float = 0.995
+    skip_prk_steps: Any = None
+    solver_order: Any = None
+    solver_type: Any = None
+    solver_p: Any = None
+    algorithm_type: Any = None
+    lower_order_final: Any = None
+    euler_at_final: Any = None
+    lambda_min_clipped: Any = None
+    predict_x0: Any = None
+    disable_corrector: Any = None
+    flow_shift: Any = None
+    time_shift_type: Any = None
+
+    @classmethod
+    def from_diffusers_config(cls, config: Mapping[str, Any]) -> "SchedulerConfig":
+        """Reads a scheduler's dictionary, with the defaults of the class that it names.
+
+        Raises:
+            ValueError: one line that names the key, its value and what is allowed.
+        """
+        name = str(config.get("_class_name", ""))
+        own_defaults = {
+            "timestep_spacing": "leading" if name in LEADING_CLASSES else "linspace",
+            "set_alpha_to_one": name != "PNDMScheduler",
+        }
+        try:
+            made = cls(**{**own_defaults, **config})
+        except ValidationError as error:
+            raise ValueError(f"scheduler config: {one_fault(error)}") from None
+        if made.beta_end < made.beta_start:
+            raise ValueError(f"scheduler config: beta_end {made.beta_end} is below beta_start {made.beta_start}")
+        return made
+
+    def to_diffusers_config(self) -> dict[str, Any]:
+        """A DDIMScheduler's dictionary with every field of the process written out, `clip_sample: false` above all."""
+        return {"_class_name": "DDIMScheduler", **self.model_dump(include=set(_DDIM_FIELDS))}
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the network predicts, by this project's name."""
+        return PREDICTIONS[self.prediction_type]
+
+    def make_schedule(self) -> NoiseSchedule:
+        return NoiseSchedule(
+            SCHEDULES[self.beta_schedule],
+            steps=self.num_train_timesteps,
+            beta_start=self.beta_start,
+            beta_end=self.beta_end,
+            zero_terminal_snr=self.rescale_betas_zero_snr,
+        )
+
+    def time_grid(self, schedule: NoiseSchedule, steps: int, sampler: str) -> Tensor:
+        """The times that `sampler` visits in `steps` steps; float64, decreasing, the last where sampling ends.
+
+        Raises:
+            ValueError: more steps than the schedule and the offset allow.
+        """
+        grid = schedule.timesteps(steps, self.timestep_spacing, self.steps_offset)
+        if self.set_alpha_to_one or sampler != "ddim":
+            return grid
+        # the last step goes to time 0, and is no step at all from there
+        clean_is_zero = grid.clamp(min=0)
+        return clean_is_zero[:-1] if clean_is_zero[-2] == 0 else clean_is_zero
+
+
+_DDIM_FIELDS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "prediction_type",
+    "timestep_spacing",
+    "steps_offset",
+    "set_alpha_to_one",
+    "rescale_betas_zero_snr",
+    "trained_betas",
+    "clip_sample",
+    "thresholding",
+    "clip_sample_range",
+    "sample_max_value",
+    "dynamic_thresholding_ratio",
+)
+
+
+def one_fault(error: ValidationError) -> str:
+    """The first fault of a validation as `key is value, but ...` on one line."""
+    fault = error.errors()[0]
+    key = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("literal"))
+    return f"{key} is {fault['input']!r}, but: {' '.join(fault['msg'].split())}"

@@ -1,0 +1,268 @@
+"""A prompt becomes a picture: prompt -> context -> latents -> images."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+
+from ldm.denoiser import Denoiser, Estimate, make_denoiser
+from ldm.guidance import classifier_free
+from ldm.samplers import SAMPLERS, StepInfo
+from pipelines.errors import notice
+from pipelines.loading import Model, load_model, save_model
+from pipelines.request import MAX_SEED, Request, checked_negatives, checked_prompts, takes_eta
+from pipelines.runtime import pick_device, pick_dtype, prepare
+from pipelines.settings import words_in
+
+BATCH = 8  # pictures that go through the networks at once; bounds memory, and changes no picture beyond rounding
+DEFAULT_SAMPLER = "ddim"
+OUTPUT_TYPES = ("pil", "pt", "latent")
+FAR = 1.5  # a side this many times the model's own, or its inverse, is worth a notice
+
+
+@dataclass(frozen=True)
+class TextToImageOutput:
+    """`images`: a list of PIL images; or float32 [N,3,H,W] in [0, 1] ("pt"); or float32 latents [N,C,h,w] ("latent").
+
+    `seeds` has one entry per picture, None where the caller brought a generator or latents. `request` is what was
+    rendered, with every default filled in.
+    """
+
+    images: list[Image.Image] | Tensor
+    seeds: list[int | None]
+    request: Request
+
+
+class TextToImagePipeline:
+    """Renders prompts with one model, with the parts `unet`, `autoencoder`, `text_encoder`, and `schedule`."""
+
+    def __init__(
+        self, model: Model, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    ) -> None:
+        """Readies the model's modules in place. Raises ValueError for a device or dtype that cannot be had."""
+        self.device = pick_device(device)
+        self.dtype = pick_dtype(dtype, self.device)
+        self.model = model
+        self.unet, self.autoencoder, self.text_encoder = model.unet, model.autoencoder, model.text_encoder
+        self.tokenizer, self.settings = model.tokenizer, model.settings
+        self.schedule = model.scheduler.make_schedule()
+        for module in (self.unet, self.autoencoder, self.text_encoder):
+            prepare(module, self.device, self.dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str] | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> "TextToImagePipeline":
+        """Reads a Stable Diffusion folder; None is the embedded default.
+
+        Raises:
+            ValueError: one line that names the file, device or dtype and what is wrong with it.
+        """
+        device = pick_device(device)  # before the weights are read, which may take long
+        return cls(load_model(source), device, pick_dtype(dtype, device))
+
+    def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Writes a Stable Diffusion folder that diffusers loads too; `dtype` None keeps the pipeline's own."""
+        save_model(folder, self.model, dtype)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        sampler: str | None = None,
+        eta: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int = 0,
+        generator: Generator | Sequence[Generator] | None = None,
+        latents: Tensor | None = None,
+        on_step: Callable[[StepInfo], None] | None = None,
+        prompt_syntax: Literal["plain", "weighted"] = "plain",
+        output_type: Literal["pil", "pt", "latent"] = "pil",
+    ) -> TextToImageOutput:
+        """Renders each prompt `num_images_per_prompt` times; pictures come prompt by prompt, then copy by copy.
+
+        Picture i draws its initial noise and then each step's noise from its own CPU generator of `seed + i`, in
+        float32, so it depends neither on the device nor on the rest of the batch.
+
+        Args:
+            guidance_scale: 1 is unguided (Ho and Salimans 2022; their w is this minus 1).
+            guidance_rescale: 0 to 1 (Lin et al. 2023, section 3.4).
+            height, width: pixels; None is the model's own size.
+            generator: one for all pictures or one for each, instead of `seed`.
+            latents: unit noise [N,C,h,w] to start from; then `seed` must stay 0 and only feeds the steps' noise.
+            on_step: called after each step with a `StepInfo` of all pictures; may raise to cancel.
+
+        Raises:
+            ValueError: one line that names the argument and what is allowed, or says that the result is not finite.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type {output_type!r} is unknown; there are {', '.join(OUTPUT_TYPES)}")
+        if prompt_syntax != "plain":
+            raise ValueError(f"prompt_syntax {prompt_syntax!r} comes in a later version; there is 'plain'")
+        prompts = checked_prompts(prompt, num_images_per_prompt)
+        copies = num_images_per_prompt
+        own_height, own_width = self.own_size
+        request = Request(
+            prompts=prompts,
+            negatives=checked_negatives(negative_prompt, len(prompts) // copies, copies),
+            steps=self.settings.steps if num_inference_steps is None else num_inference_steps,
+            guidance=self.settings.guidance if guidance_scale is None else guidance_scale,
+            rescale=guidance_rescale,
+            sampler=sampler or self.settings.sampler or DEFAULT_SAMPLER,
+            eta=eta,
+            height=own_height if height is None else height,
+            width=own_width if width is None else width,
+        )
+        request.check_steps(self.schedule.steps)
+        request.check_size(max(8, self.autoencoder.downsampling_factor))
+        generators, seeds = self._generators(len(prompts), seed, generator, latents is not None)
+        x = self._initial_noise(request, generators, latents)
+        self._give_notices(request)
+        latents = self._sample(request, x, generators, on_step)
+        _refuse_non_finite(latents, "the latents")
+        if output_type == "latent":
+            return TextToImageOutput(latents, seeds, request)
+        images = self._decode(latents)
+        return TextToImageOutput(images if output_type == "pt" else to_pil(images), seeds, request)
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the model was trained at."""
+        cells = self.unet.config.sample_size or 64
+        height, width = (cells, cells) if isinstance(cells, int) else cells
+        return height * self.autoencoder.downsampling_factor, width * self.autoencoder.downsampling_factor
+
+    def _generators(
+        self, count: int, seed: int, generator: Generator | Sequence[Generator] | None, has_latents: bool
+    ) -> tuple[Generator | list[Generator], list[int | None]]:
+        if seed != 0 and (generator is not None or has_latents):
+            raise ValueError("seed goes with neither generator nor latents; leave out one of them")
+        if generator is None:
+            if not 0 <= seed <= MAX_SEED - count:
+                raise ValueError(f"seed is {seed}; give a number from 0 to {MAX_SEED - count}")
+            seeds = range(seed, seed + count)
+            return [Generator().manual_seed(each) for each in seeds], [None] * count if has_latents else list(seeds)
+        if isinstance(generator, Generator):
+            return generator, [None] * count
+        if len(generator) != count:
+            raise ValueError(f"there are {len(generator)} generators for {count} pictures; give one, or one for each")
+        return list(generator), [None] * count
+
+    def _initial_noise(
+        self, request: Request, generators: Generator | list[Generator], latents: Tensor | None
+    ) -> Tensor:
+        factor = self.autoencoder.downsampling_factor
+        cells = (request.height // factor, request.width // factor)
+        shape = torch.Size((len(request.prompts), self.unet.config.in_channels, *cells))
+        if latents is None:
+            return _randn(shape, generators).to(self.device)
+        if latents.shape != shape:
+            raise ValueError(f"latents are {list(latents.shape)}; these pictures need {list(shape)}")
+        _refuse_non_finite(latents, "the given latents")
+        return latents.to(self.device, torch.float32)
+
+    def _give_notices(self, request: Request) -> None:
+        texts = list(dict.fromkeys((*request.prompts, *request.negatives)))
+        if self.settings.words is not None:
+            known = set(self.settings.words)
+            if unseen := sorted({word for text in texts for word in words_in(text)} - known):
+                notice(f"the model never saw these words: {', '.join(unseen)}")
+        for cut in self.tokenizer(texts).cut:
+            if cut:
+                notice(f"the prompt is too long; this part is left out: {cut}")
+        own = self.own_size
+        if any(
+            not 1 / FAR < side / at_home < FAR
+            for side, at_home in zip((request.height, request.width), own, strict=True)
+        ):
+            notice(f"{request.width}x{request.height} is far from the {own[1]}x{own[0]} that the model was trained at")
+
+    @torch.no_grad()
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        """Contexts [N,L,D] of N texts; each distinct text is encoded once."""
+        distinct = list(dict.fromkeys(texts))
+        ids = self.tokenizer(distinct).ids
+        context = torch.cat([self.text_encoder(some.to(self.device)) for some in torch.split(ids, BATCH)])
+        return context[[distinct.index(text) for text in texts]]
+
+    def _sample(
+        self,
+        request: Request,
+        x: Tensor,
+        generators: Generator | list[Generator],
+        on_step: Callable[[StepInfo], None] | None,
+    ) -> Tensor:
+        network = make_denoiser(self.unet, self.schedule, self.model.scheduler.prediction)
+        cond, uncond = self._encode(request.prompts), self._encode(request.negatives)
+        denoise = in_turn(
+            [
+                classifier_free(network, some_cond, some_uncond, scale=request.guidance, rescale=request.rescale)
+                for some_cond, some_uncond in zip(torch.split(cond, BATCH), torch.split(uncond, BATCH), strict=True)
+            ]
+        )
+        grid = self.model.scheduler.time_grid(self.schedule, request.steps, request.sampler)
+        options = {"eta": request.eta} if takes_eta(request.sampler) else {}
+        return SAMPLERS[request.sampler](
+            denoise,
+            x,
+            self.schedule,
+            grid,
+            randn=lambda shape: _randn(shape, generators),
+            on_step=on_step,
+            **options,
+        )
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor) -> Tensor:
+        images = torch.cat(
+            [self.autoencoder.decode(some.to(self.dtype)).float() for some in torch.split(latents, BATCH)]
+        )
+        _refuse_non_finite(images, "the decoded images")
+        return (images / 2 + 0.5).clamp(0, 1)
+
+
+def in_turn(denoisers: Sequence[Denoiser]) -> Denoiser:
+    """One denoiser for a big batch from one for each `BATCH` pictures of it, so that memory stays bounded while
+    a sampler, and so its noise, sees all pictures at once.
+    """
+
+    def denoise(x_t: Tensor, t: Tensor) -> Estimate:
+        parts = zip(denoisers, torch.split(x_t, BATCH), torch.split(t.expand(len(x_t)), BATCH), strict=True)
+        return Estimate(torch.cat([one(some_x, some_t).x0 for one, some_x, some_t in parts]))
+
+    return denoise
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Images [N,3,H,W] in [0, 1] as 8-bit RGB pictures, rounded to the nearest."""
+    pixels = (images * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return [Image.fromarray(picture.numpy()) for picture in pixels]
+
+
+def _randn(shape: torch.Size, generators: Generator | list[Generator]) -> Tensor:
+    """Unit noise in float32; with a list, picture i's from generator i alone, as diffusers draws it."""
+
+    def draw(generator: Generator, some: Sequence[int]) -> Tensor:
+        return torch.randn(*some, generator=generator, device=generator.device, dtype=torch.float32)
+
+    if isinstance(generators, Generator):
+        return draw(generators, shape)
+    return torch.cat([draw(generator, (1, *shape[1:])) for generator in generators])
+
+
+def _refuse_non_finite(tensor: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} hold NaN or infinity; try dtype float32, less guidance, or another model")

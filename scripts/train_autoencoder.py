@@ -1,0 +1,167 @@
+"""Train a KL autoencoder, with a patch discriminator late in training, on a folder of images.
+
+    accelerate launch scripts/train_autoencoder.py --config scripts/configs/picturebook_autoencoder.yaml
+
+Writes `OUT/model/vae` in the published layout, its latents whitened to mean 0 and std 1 per channel. The same command
+again resumes; `--init FOLDER` starts from another model's autoencoder.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, Field
+from sheet import to_images, write_sheet
+from torch import Tensor, nn
+
+from autoencoder import Autoencoder, AutoencoderConfig
+from autoencoder.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from autoencoder.loss import kl_loss, reconstruction_loss
+from ldm.training import randomness
+from ldm.training.command_line import parse_config
+from ldm.training.data import Batch, CaptionedImages, DataConfig
+from ldm.training.loop import LoopConfig, Training, apply_gradients, fit, make_accelerator, make_ema, make_optimizer
+from pipelines.errors import one_line_errors
+from pipelines.loading import load_autoencoder, save_part
+
+
+class AdversaryConfig(BaseModel, frozen=True, extra="forbid"):
+    """The patch discriminator's part."""
+
+    start: int | None = Field(None, ge=0)
+    """The step at which it joins; None: never."""
+    warmup: int = Field(200, ge=0)
+    """Steps in which it only learns, before its opinion counts."""
+    weight: float = Field(0.2, gt=0)
+    """Times the adaptive weight."""
+    width: int = Field(32, ge=8)
+    learning_rate: float = Field(2e-4, gt=0)
+
+
+class AutoencoderTrainingConfig(BaseModel, frozen=True, extra="forbid"):
+    data: DataConfig
+    loop: LoopConfig
+    model: AutoencoderConfig = AutoencoderConfig()
+    adversary: AdversaryConfig = AdversaryConfig()
+    kl_weight: float = Field(1e-6, ge=0)
+    init: str | None = None
+    """A model folder whose autoencoder to start from."""
+
+
+@dataclass
+class Step:
+    """One training step: the autoencoder's, and from `adversary.start` on the discriminator's too."""
+
+    training: Training
+    config: AutoencoderTrainingConfig
+    autoencoder: nn.Module
+    discriminator: nn.Module
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        accelerator, adversary = self.training.accelerator, self.config.adversary
+        images = batch.inputs.to(accelerator.device, memory_format=torch.channels_last)
+        with accelerator.accumulate(self.autoencoder, self.discriminator):
+            reconstruction, values = self._train_autoencoder(batch, images)
+            if adversary.start is not None and batch.step >= adversary.start:
+                values |= self._train_discriminator(images, reconstruction.detach())
+        return values
+
+    def _train_autoencoder(self, batch: Batch, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        config, accelerator = self.config, self.training.accelerator
+        model = accelerator.unwrap_model(self.autoencoder)
+        f = model.downsampling_factor
+        shape = (model.config.latent_channels, images.shape[2] // f, images.shape[3] // f)
+        eps = randomness.normal(shape, config.loop.seed, "posterior", batch.step, batch.positions).to(images.device)
+        reconstruction, posterior = self.autoencoder(images, eps)
+        pixels, kl = reconstruction_loss(images, reconstruction), kl_loss(posterior)
+        loss = pixels + config.kl_weight * kl
+        values = {"loss": pixels.detach(), "kl": kl.detach(), "psnr": psnr(images, reconstruction.detach())}
+        start = config.adversary.start
+        if start is not None and batch.step >= start + config.adversary.warmup:
+            self.discriminator.requires_grad_(False)  # else this step's gradients would reach the discriminator
+            realism = generator_loss(self.discriminator(reconstruction))
+            weight = config.adversary.weight * adaptive_weight(pixels, realism, model.decoder.conv_out.weight)
+            loss = loss + weight * realism
+            self.discriminator.requires_grad_(True)
+            values |= {"adversarial": realism.detach(), "adversarial_weight": weight}
+        accelerator.backward(loss)
+        values["gradient_norm"] = apply_gradients(self.training, self.autoencoder, self.training.optimizers[0])
+        return reconstruction, values
+
+    def _train_discriminator(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+        real, fake = self.discriminator(images), self.discriminator(reconstruction)
+        loss = discriminator_loss(real, fake)
+        self.training.accelerator.backward(loss)
+        apply_gradients(self.training, self.discriminator, self.training.optimizers[1])
+        return {"discriminator": loss.detach(), "real": real.detach().mean(), "fake": fake.detach().mean()}
+
+
+def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
+    """Mean over pictures of 10 log10(2^2 / mean squared error), in dB."""
+    error = (images - reconstruction.float()).square().mean((1, 2, 3))
+    return (10 * (4 / error).log10()).mean()
+
+
+@torch.no_grad()
+def whiten(autoencoder: Autoencoder, images: CaptionedImages, count: int) -> tuple[Tensor, Tensor]:
+    """Measure the latents' mean and std per channel over `count` pictures and fold them in; returns both, before folding."""
+    device = next(autoencoder.parameters()).device
+    sums, squares, number = torch.zeros(2, autoencoder.config.latent_channels, dtype=torch.float64).unbind() + (0,)
+    count = min(count, len(images))
+    for start in range(0, count, 32):
+        batch = images.images(start, min(start + 32, count)).to(device)
+        posterior = autoencoder.posterior(batch)
+        mean, variance = posterior.mean.double().cpu(), posterior.logvar.double().exp().cpu()
+        sums += mean.sum((0, 2, 3))
+        squares += (mean**2 + variance).sum((0, 2, 3))
+        number += mean[:, 0].numel()
+    mean = sums / number
+    std = (squares / number - mean**2).sqrt()
+    autoencoder.whiten(mean.float().to(device), std.float().to(device))
+    return mean, std
+
+
+def train(config: AutoencoderTrainingConfig) -> None:
+    accelerator = make_accelerator(config.loop)
+    torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
+    if config.init is None:
+        autoencoder = Autoencoder(config.model.model_copy(update={"scaling_factor": 1.0}))
+    else:
+        autoencoder = load_autoencoder(Path(config.init) / "vae").float()
+    discriminator = PatchDiscriminator(config.adversary.width)
+    ema = make_ema(autoencoder, config.loop.ema_decay)
+    autoencoder.to(memory_format=torch.channels_last)
+    discriminator.to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(autoencoder, config.loop)
+    adversary = torch.optim.AdamW(discriminator.parameters(), config.adversary.learning_rate, betas=(0.5, 0.9))
+    prepared = accelerator.prepare(autoencoder, discriminator, optimizer, adversary)
+    ema.to(accelerator.device)
+    images = CaptionedImages(config.data, config.loop.seed)
+    training = Training(accelerator, config.loop, images, list(prepared[2:]), train_step=lambda batch: {})
+    training.train_step = Step(training, config, prepared[0], prepared[1])
+    training.averaged.append((ema, prepared[0]))
+    fixed = images.images(0, min(16, len(images)))
+
+    def sheet(file: Path) -> None:
+        with torch.no_grad():
+            averaged: Autoencoder = ema.module
+            decoded = averaged.decode(averaged.encode(fixed.to(accelerator.device)))
+        write_sheet(file, to_images(torch.stack([fixed, decoded.cpu()], 1).flatten(0, 1)), columns=8)
+
+    training.on_sample = sheet
+    if fit(training) == config.loop.steps and accelerator.is_main_process:
+        finished: Autoencoder = ema.module
+        mean, std = whiten(finished, images, 2000)
+        save_part(Path(config.loop.out) / "model" / "vae", finished)
+        print(f"latents before whitening: mean {[round(v, 3) for v in mean.tolist()]}, std {[round(v, 3) for v in std.tolist()]}")
+    accelerator.end_training()
+
+
+def main() -> None:
+    config = parse_config(AutoencoderTrainingConfig, (__doc__ or "").split("\n")[0])
+    with one_line_errors():
+        train(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Train a text-to-image latent diffusion model: the U-Net and, unless told otherwise, the text encoder with it.
+
+    accelerate launch scripts/train_unet.py --config scripts/configs/picturebook_unet.yaml
+
+Needs an autoencoder (`train_autoencoder.py`) and a text encoder (`train_clip.py`), or the folder of a whole model for both.
+Writes `OUT/model`, which `ldm render --model` and diffusers take. The same command again resumes; `--init FOLDER` starts from
+another model's U-Net and text encoder.
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, Field
+from sheet import write_sheet
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from autoencoder.bottleneck import DiagonalGaussian
+from ldm.loss import diffusion_loss
+from ldm.schedule import NoiseSchedule
+from ldm.training import randomness
+from ldm.training.command_line import parse_config
+from ldm.training.data import Batch, CaptionedDataset, CaptionedImages, DataConfig, Place
+from ldm.training.loop import LoopConfig, Training, apply_gradients, fit, make_accelerator, make_ema, make_optimizer
+from ldm.unet import UNet, UNetConfig
+from pipelines import TextToImagePipeline
+from pipelines.errors import one_line_errors
+from pipelines.loading import Model, load_autoencoder, load_text_encoder, load_unet, save_model
+from pipelines.runtime import pick_dtype, prepare
+from pipelines.scheduler_config import SchedulerConfig
+from pipelines.settings import Settings, words_in
+from text_encoder import TextEncoder, Tokenizer
+
+
+class ObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
+    """What is learned."""
+
+    min_snr_gamma: float | None = Field(None, gt=0)
+    caption_dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of captions that are replaced by the empty one, for classifier-free guidance."""
+
+
+class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
+    data: DataConfig
+    loop: LoopConfig
+    autoencoder: str
+    """A model folder: its `vae` is used."""
+    text_encoder: str
+    """A model folder: its `text_encoder` and `tokenizer` are used."""
+    model: UNetConfig = UNetConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    settings: Settings = Settings()
+    """Default steps and guidance of the model that is written."""
+    train_text_encoder: bool = True
+    init: str | None = None
+    """A model folder whose U-Net and text encoder to start from."""
+
+
+class Conditioned(nn.Module):
+    """U-Net and text encoder as one network: (x_t [B,C,h,w], t [B], token ids [B,L]) -> output like x_t."""
+
+    def __init__(self, unet: UNet, text_encoder: TextEncoder) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+
+    def forward(self, x_t: Tensor, t: Tensor, token_ids: Tensor) -> Tensor:
+        output: Tensor = self.unet(x_t, t, self.text_encoder(token_ids))
+        return output
+
+
+class CaptionedLatents(CaptionedDataset):
+    """The posterior moments [2C,h,w] of every picture, float16, encoded once and kept in a file of their own."""
+
+    def __init__(self, moments: Tensor, captions: list[str]) -> None:
+        self.moments = moments
+        self.captions = captions
+        self.workers = 0
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, place: Place) -> tuple[Tensor, str, Place]:
+        return self.moments[place[0]].float(), self.captions[place[0]], place
+
+
+@torch.no_grad()
+def encode_all(images: CaptionedImages, folder: Path, device: torch.device) -> Tensor:
+    """Moments [N,2C,h,w] of all pictures under the autoencoder in `folder`."""
+    autoencoder = load_autoencoder(folder)
+    prepare(autoencoder, device, pick_dtype(None, device))
+    dtype = next(autoencoder.parameters()).dtype
+    scale = autoencoder.config.scaling_factor
+    moments = []
+    for start in tqdm(range(0, len(images), 64), desc="encoding", unit="batch"):
+        batch = images.images(start, min(start + 64, len(images))).to(device, dtype, memory_format=torch.channels_last)
+        posterior = autoencoder.posterior(batch)
+        scaled = torch.cat([posterior.mean.float() * scale, posterior.logvar.float() + 2 * torch.tensor(scale).log()], 1)
+        moments.append(scaled.half().cpu())
+    return torch.cat(moments)
+
+
+def cached_latents(images: CaptionedImages, vae: Path, cache: Path, device: torch.device) -> Tensor:
+    """`encode_all`, kept in a file named by the autoencoder's weights, the data and their fingerprint."""
+    weights = (vae / "diffusion_pytorch_model.safetensors").read_bytes()
+    key = f"{hashlib.sha256(weights).hexdigest()}/{images.config.path}/{images.config.size}/{images.rows._fingerprint}"
+    file = cache / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    if not file.exists():
+        staged = file.with_suffix(".tmp")
+        torch.save(encode_all(images, vae, device), staged)
+        staged.rename(file)
+    return torch.load(file, mmap=True, weights_only=True)
+
+
+def train(config: UNetTrainingConfig) -> None:
+    accelerator = make_accelerator(config.loop)
+    out = Path(config.loop.out)
+    vae = Path(config.autoencoder) / "vae"
+    text = Path(config.init or config.text_encoder)
+    tokenizer = Tokenizer.from_folder(text / "tokenizer")
+    images = CaptionedImages(config.data, config.loop.seed)
+    with accelerator.main_process_first():
+        dataset = CaptionedLatents(cached_latents(images, vae, out, accelerator.device), images.captions())
+    torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
+    unet = UNet(config.model) if config.init is None else load_unet(Path(config.init) / "unet").float()
+    network = Conditioned(unet, load_text_encoder(text / "text_encoder").float())
+    network.text_encoder.requires_grad_(config.train_text_encoder)
+    network.to(memory_format=torch.channels_last)
+    ema = make_ema(network, config.loop.ema_decay).to(accelerator.device)
+    optimizer = make_optimizer(network, config.loop)
+    model, optimizer = accelerator.prepare(network, optimizer)
+    schedule, prediction = config.scheduler.make_schedule(), config.scheduler.prediction
+    seed = config.loop.seed
+
+    def train_step(batch: Batch) -> dict[str, Tensor]:
+        step, positions = batch.step, batch.positions
+        posterior = DiagonalGaussian.from_moments(batch.inputs)
+        shape = posterior.mean.shape[1:]
+        x0 = posterior.sample(randomness.normal(shape, seed, "posterior", step, positions))
+        eps = randomness.normal(shape, seed, "noise", step, positions)
+        t = randomness.timesteps(schedule.steps, seed, step, positions)
+        dropped = randomness.uniform(seed, "caption", step, positions) < config.objective.caption_dropout
+        captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped, strict=True)]
+        x0, eps, t, ids = (v.to(accelerator.device) for v in (x0, eps, t, tokenizer(captions).ids))
+        x0 = x0.contiguous(memory_format=torch.channels_last)
+        with accelerator.accumulate(model):
+            losses = diffusion_loss(model, x0, eps, t, ids, schedule, prediction, config.objective.min_snr_gamma)
+            accelerator.backward(losses.mean())
+            norm = apply_gradients(training, model, optimizer)
+        return {"loss": losses.mean().detach(), "gradient_norm": norm}
+
+    def finished_model() -> Model:
+        averaged: Conditioned = ema.module
+        words = tuple(sorted(set().union(*map(words_in, set(dataset.captions)))))
+        return Model(
+            unet=averaged.unet,
+            autoencoder=load_autoencoder(vae),
+            text_encoder=averaged.text_encoder,
+            tokenizer=tokenizer,
+            tokenizer_folder=text / "tokenizer",
+            scheduler=config.scheduler,
+            settings=config.settings.model_copy(update={"words": words}),
+        )
+
+    def sheet(file: Path) -> None:
+        save_model(out / "model", finished_model(), torch.float16)
+        pipe = TextToImagePipeline.from_pretrained(out / "model", device=accelerator.device)
+        chosen = dataset.captions[:16]
+        write_sheet(file, pipe(chosen, seed=0).images, columns=8)
+
+    training = Training(accelerator, config.loop, dataset, [optimizer], train_step, on_sample=sheet)
+    training.averaged.append((ema, model))
+    fit(training)
+    if accelerator.is_main_process:
+        save_model(out / "model", finished_model(), torch.float16)
+    accelerator.end_training()
+
+
+def main() -> None:
+    config = parse_config(UNetTrainingConfig, (__doc__ or "").split("\n")[0])
+    with one_line_errors():
+        train(config)
+
+
+if __name__ == "__main__":
+    main()

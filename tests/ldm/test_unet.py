@@ -1,0 +1,211 @@
+"""The U-Net against diffusers' own, weights for weights and output for output."""
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from ldm.unet import UNet, UNetConfig
+
+SMALL = {"norm_num_groups": 8, "cross_attention_dim": 20}
+THREE = {"block_out_channels": (16, 32, 48), "layers_per_block": 2}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "convolutional projections, like SD 1": {
+        **SMALL,
+        "block_out_channels": (16, 32, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 8,
+    },
+    "linear projections and heads per level, like SD 2": {
+        **SMALL,
+        **THREE,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": (2, 4, 6),
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    },
+    "no attention at the first level": {
+        **SMALL,
+        **THREE,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 4,
+        "layers_per_block": 1,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-3,
+        "in_channels": 9,
+        "out_channels": 8,
+    },
+    "one level, attention only on the way up": {
+        **SMALL,
+        "block_out_channels": (16,),
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "attention_head_dim": 2,
+    },
+}
+CONFIG = CONFIGS["convolutional projections, like SD 1"]
+SD15 = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+
+
+def pair(config: dict[str, Any]) -> tuple[UNet, UNet2DConditionModel]:
+    torch.manual_seed(0)
+    theirs = UNet2DConditionModel(**config).eval()
+    ours = UNet.from_diffusers_config(theirs.config).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+def inputs(config: dict[str, Any], height: int = 16, width: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, config.get("in_channels", 4), height, width, generator=generator)
+    return latents, torch.tensor([999, 3]), torch.randn(2, 7, config["cross_attention_dim"], generator=generator)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 24), (13, 7), (5, 3)], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_equals_diffusers(name: str, size: tuple[int, int]) -> None:
+    ours, theirs = pair(CONFIGS[name])
+    latents, t, context = inputs(CONFIGS[name], *size)
+    expected = theirs(latents, t, context).sample
+    assert expected.std() > 0.01
+    torch.testing.assert_close(ours(latents, t, context), expected, atol=1e-5, rtol=0)
+    ours.to(memory_format=torch.channels_last)
+    out = ours(latents.to(memory_format=torch.channels_last), t, context)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+
+
+def test_gradients_equal_diffusers() -> None:
+    ours, theirs = pair(CONFIG)
+    latents, t, context = inputs(CONFIG)
+    ours(latents, t, context).square().mean().backward()
+    theirs(latents, t, context).sample.square().mean().backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_the_full_model_has_the_published_parameters() -> None:
+    with torch.device("meta"):
+        ours, theirs = UNet.from_diffusers_config(SD15), UNet2DConditionModel(**SD15)
+    shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    assert sum(shape.numel() for shape in shapes.values()) == 859_520_964
+    assert ours.config.sample_size == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.float64], ids=str)
+@torch.no_grad()
+def test_times_of_any_dtype_give_one_answer(dtype: torch.dtype) -> None:
+    ours, _ = pair(CONFIG)
+    latents, t, context = inputs(CONFIG)
+    assert torch.equal(ours(latents, t.to(dtype), context), ours(latents, t, context))
+
+
+@torch.no_grad()
+def test_one_time_stands_for_the_batch_and_fractions_count() -> None:
+    ours, theirs = pair(CONFIG)
+    latents, _, context = inputs(CONFIG)
+    assert torch.equal(ours(latents, torch.tensor(500), context), ours(latents, torch.tensor([500, 500]), context))
+    t = torch.tensor([500.5, 499.5], dtype=torch.float64)
+    expected = theirs(latents, t, context).sample
+    torch.testing.assert_close(ours(latents, t, context), expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(ours(latents, t.floor(), context), expected, atol=1e-5, rtol=0)
+
+
+def test_tokens_are_a_view_of_channels_last_memory() -> None:
+    ours, _ = pair(CONFIG)
+    transformer = ours.down_blocks[0].attentions[0]
+    seen: dict[str, Tensor] = {}
+    transformer.norm.register_forward_hook(lambda module, args, out: seen.update(normed=out))
+    transformer.proj_in.register_forward_pre_hook(lambda module, args: seen.update(tokens=args[0]))
+    x = torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last)
+    transformer(x, torch.randn(2, 7, 20))
+    assert seen["tokens"].shape == (2, 64, 16)
+    assert seen["tokens"].data_ptr() == seen["normed"].data_ptr()
+
+
+def test_pure_bfloat16_stays_near_float32_and_in_bfloat16() -> None:
+    ours, _ = pair(CONFIG)
+    latents, t, context = inputs(CONFIG)
+    with torch.inference_mode():
+        expected = ours(latents, t, context)
+        out = ours.bfloat16()(latents.bfloat16(), t.double(), context.bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - expected).norm() < 0.03 * expected.norm()
+
+
+def test_times_next_to_each_other_differ_in_bfloat16() -> None:
+    ours, _ = pair(CONFIG)
+    ours.bfloat16()
+    latents, _, context = inputs(CONFIG)
+    with torch.inference_mode():
+        near = [ours(latents.bfloat16(), torch.tensor(t), context.bfloat16()) for t in (998, 999)]
+    assert not torch.equal(near[0], near[1])
+
+
+def test_trains_from_scratch_under_autocast() -> None:
+    torch.manual_seed(0)
+    unet = UNet.from_diffusers_config(CONFIG)
+    latents, t, context = inputs(CONFIG)
+    assert unet(latents, t, context).abs().max() == 0, "a new network predicts zero"
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(30):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = (unet(latents, t, context).float() - latents).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(parameter.grad.abs().max() > 0 for parameter in unet.parameters()), "every parameter is in use"
+
+
+def test_num_attention_heads_goes_before_the_misnamed_key() -> None:
+    config = UNetConfig.from_diffusers_config({**CONFIG, "attention_head_dim": 3, "num_attention_heads": [1, 2, 4]})
+    assert config.heads == (1, 2, 4)
+
+
+def test_every_key_of_diffusers_is_known_with_the_same_default() -> None:
+    with torch.device("meta"):
+        theirs = {key: value for key, value in UNet2DConditionModel().config.items() if not key.startswith("_")}
+    assert UNetConfig().model_dump() == theirs, f"diffusers {diffusers.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"act_fn": "mish"}, r"unet config: act_fn is 'mish', but only 'silu' or 'swish' is supported"),
+        ({"class_embed_type": "timestep"}, "class_embed_type is 'timestep', but only None is supported"),
+        ({"dropout": 0.1}, "dropout is 0.1, but only 0 is supported"),
+        ({"layers_per_block": [1, 2, 2]}, r"layers_per_block is \[1, 2, 2\]: input should be a valid integer"),
+        ({"in_channels": 0}, "in_channels is 0: input should be greater than or equal to 1"),
+        ({"down_block_types": ["DownBlock2D", "AttnDownBlock2D"]}, "down_block_types.1 is 'AttnDownBlock2D', but only"),
+        ({"up_block_types": ["UpBlock2D"]}, "up_block_types has 1 entries, but block_out_channels has 3"),
+        ({"attention_head_dim": [8, 8]}, "heads has 2 entries"),
+        ({"norm_num_groups": 32}, "block_out_channels.0 is 16, no multiple of 32 groups"),
+        ({"attention_head_dim": [8, 5, 8]}, "block_out_channels.1 is 32, no multiple of 5 heads"),
+        ({"freq_shift": 8}, "block_out_channels.0 is 16, but must be even and more than twice freq_shift"),
+    ],
+)
+def test_what_is_not_supported_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        UNet.from_diffusers_config({**CONFIG, **change})
+    assert "\n" not in str(caught.value)

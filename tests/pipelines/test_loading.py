@@ -1,0 +1,403 @@
+import json
+import os
+import pickle
+import stat
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from pipelines import TextToImagePipeline, json_files, loading
+from pipelines.scheduler_config import SchedulerConfig
+from pipelines.settings import Settings, words_in
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+UNET = Path("unet") / WEIGHTS["unet"]
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **changes}))
+
+
+def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(weights)
+    path.unlink()  # the file may be mapped
+    save_file(weights, path)
+
+
+def same_weights(one: torch.nn.Module, two: torch.nn.Module) -> bool:
+    ours, theirs = one.state_dict(), two.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        loading.load_model(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_parts_of_a_folder(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = loading.load_model(model_folder)
+    assert model.folder == model_folder
+    assert model.settings == Settings()
+    assert model.scheduler.prediction == "eps"
+    assert model.scheduler.make_schedule().alphas_cumprod[0].item() == pytest.approx(1 - 0.00085)
+    for part in WEIGHTS:
+        stored = load_file(model_folder / part / WEIGHTS[part])
+        module = {"unet": model.unet, "vae": model.autoencoder, "text_encoder": model.text_encoder}[part]
+        assert len(stored) == len(module.state_dict())
+        assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["model_index.json", "scheduler/scheduler_config.json", "tokenizer"]
+    + [f"{part}/{name}" for part, weights in WEIGHTS.items() for name in ("config.json", weights)],
+)
+def test_missing_files_are_named(folder: Path, missing: str) -> None:
+    path = folder / missing
+    path.rename(folder / "elsewhere")
+    assert path.name in refusal(folder)
+
+
+def test_sources_that_are_no_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "does not exist" in refusal(folder / "none")
+    assert "single files come in a later version" in refusal(folder / UNET)
+    with pytest.raises(ValueError, match="hub comes in a later version"):
+        loading.load_model("hub:owner/name")
+    monkeypatch.setattr(loading, "DEFAULT_MODEL", folder / "none")
+    with pytest.raises(ValueError, match="no default model"):
+        loading.load_model()
+
+
+def test_no_source_is_the_default_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "DEFAULT_MODEL", folder)
+    assert loading.load_model().folder == folder
+
+
+JSON_FILES = ["model_index.json", "ldm.json", "unet/config.json", "vae/config.json", "text_encoder/config.json"]
+
+
+@pytest.mark.parametrize("name", [*JSON_FILES, "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b'{"a": ', "no valid JSON"),
+        (b"\xff\xfe", "no valid JSON"),
+        (b"[" * 100_000, "no valid JSON"),
+        (b"[]", "no JSON object"),
+    ],
+)
+def test_broken_json_is_named(folder: Path, name: str, content: bytes, fault: str) -> None:
+    (folder / name).write_bytes(content)
+    assert (text := refusal(folder)).startswith(str(folder / name))
+    assert fault in text
+
+
+def test_a_huge_json_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_files, "MAX_BYTES", 10)
+    assert "too big" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("unet/config.json", "act_fn", "mish"),
+        ("unet/config.json", "block_out_channels", "many"),
+        ("vae/config.json", "latent_channels", -4),
+        ("text_encoder/config.json", "hidden_size", 1e308),
+        ("scheduler/scheduler_config.json", "beta_schedule", "sigmoid"),
+        ("scheduler/scheduler_config.json", "clip_sample", True),
+        ("scheduler/scheduler_config.json", "thresholding", True),
+        ("scheduler/scheduler_config.json", "trained_betas", [0.1]),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 10**12),
+        ("scheduler/scheduler_config.json", "beta_end", 0.0001),
+        ("ldm.json", "steps", 0),
+        ("ldm.json", "guidance", "much"),
+    ],
+)
+def test_values_that_are_not_supported_are_named(folder: Path, name: str, key: str, value: Any) -> None:
+    edit_json(folder / name, **{key: value})
+    assert (text := refusal(folder)).startswith(str(folder / name))
+    assert key in text
+
+
+def test_unknown_keys_are_named_in_one_notice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"]
+    for name in [*names, "ldm.json"]:
+        edit_json(folder / name, novelty=1, _private=2, other=3)
+    loading.load_model(folder)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5
+    assert all(line.startswith("notice: ") and line.endswith("ignored: novelty, other") for line in lines)
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("content", [b"", b"\x10\x00\x00\x00\x00\x00\x00\x00{broken", b"\xff" * 64])
+def test_broken_weights_are_named(folder: Path, part: str, content: bytes) -> None:
+    path = folder / part / WEIGHTS[part]
+    path.write_bytes(content)
+    assert (text := refusal(folder)).startswith(str(path))
+    assert "no intact safetensors file" in text
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_wrong_keys_are_named(folder: Path, part: str) -> None:
+    path = folder / part / WEIGHTS[part]
+    names = sorted(load_file(path))[:7]
+    edit_weights(path, lambda weights: [weights.pop(name) for name in names])
+    text = refusal(folder)
+    assert f"{path} lacks" in text
+    assert all(name in text for name in names[:5])
+    assert text.endswith("and 2 more")
+
+
+def test_unexpected_keys_are_named(folder: Path) -> None:
+    edit_weights(folder / UNET, lambda weights: weights.update(novelty=torch.ones(1)))
+    assert refusal(folder) == f"{folder / UNET} holds the unknown novelty"
+
+
+def test_wrong_shapes_are_named(folder: Path) -> None:
+    edit_weights(folder / UNET, lambda weights: weights.update({"conv_out.bias": torch.ones(5)}))
+    assert refusal(folder) == f"{folder / UNET} does not fit its config: conv_out.bias [5] instead of [4]"
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named(folder: Path, part: str, value: float) -> None:
+    path = folder / part / WEIGHTS[part]
+    name = sorted(load_file(path))[3]
+    edit_weights(path, lambda weights: weights[name].view(-1)[-1:].fill_(value))
+    assert refusal(folder).startswith(f"{path}: {name} holds NaN or infinity")
+
+
+def test_pickles_are_refused_and_never_opened(folder: Path, tmp_path: Path) -> None:
+    class Canary:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    (folder / UNET).unlink()
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Canary()))
+    assert "only pickled weights (diffusion_pytorch_model.bin)" in refusal(folder)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_half_precision_files_are_taken_if_there_is_nothing_else(folder: Path) -> None:
+    full = load_file(folder / UNET)
+    save_file({name: tensor.half() for name, tensor in full.items()}, folder / "unet" / "x.safetensors")
+    (folder / "unet" / "x.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    assert next(loading.load_unet(folder / "unet").parameters()).dtype == torch.float32
+    (folder / UNET).unlink()
+    assert next(loading.load_unet(folder / "unet").parameters()).dtype == torch.float16
+    assert [path.name for path in loading.weight_files(folder)] == [
+        "model.safetensors",
+        "diffusion_pytorch_model.fp16.safetensors",
+        "diffusion_pytorch_model.safetensors",
+    ]
+
+
+def test_text_encoder_keys_with_and_without_prefix(folder: Path) -> None:
+    path = folder / "text_encoder" / "model.safetensors"
+    first = loading.load_text_encoder(folder / "text_encoder")
+    stored = load_file(path)
+    prefixed = any(name.startswith("text_model.") for name in stored)
+    turned = {
+        name.removeprefix("text_model.") if prefixed else f"text_model.{name}": tensor.clone()
+        for name, tensor in stored.items()
+    }
+    path.unlink()
+    save_file(turned, path)
+    assert same_weights(first, loading.load_text_encoder(folder / "text_encoder"))
+
+
+def test_attention_keys_of_old_autoencoders(folder: Path) -> None:
+    first = loading.load_autoencoder(folder / "vae")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def age(weights: dict[str, torch.Tensor]) -> None:
+        for name in list(weights):
+            for new_part, old_part in old.items():
+                if f".{new_part}." in name:
+                    weights[name.replace(new_part, old_part)] = weights.pop(name)
+
+    edit_weights(folder / "vae" / WEIGHTS["vae"], age)
+    assert same_weights(first, loading.load_autoencoder(folder / "vae"))
+
+
+def test_parts_that_do_not_fit_each_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loading.load_model(folder)
+    edit_json(folder / "model_index.json", unet=["diffusers", "UNet3D"])
+    assert "unet is ['diffusers', 'UNet3D'], but only UNet2DConditionModel" in refusal(folder)
+    edit_json(folder / "model_index.json", unet=["diffusers", "UNet2DConditionModel"], vae=None)
+    assert "vae is None" in refusal(folder)
+    edit_json(folder / "model_index.json", vae=["diffusers", "AutoencoderKL"])
+    edit_json(folder / "tokenizer" / "tokenizer_config.json", model_max_length=78)
+    assert "max_position_embeddings is 77, but its tokenizer needs 78" in refusal(folder)
+    edit_json(folder / "tokenizer" / "tokenizer_config.json", model_max_length=77)
+    wide = model.unet.config.model_copy(update={"cross_attention_dim": 48})
+    monkeypatch.setattr(loading, "load_unet", lambda _: type(model.unet)(wide))
+    assert "cross_attention_dim is 48, but the text encoder is 32 wide" in refusal(folder)
+    inpainting = model.unet.config.model_copy(update={"in_channels": 9})
+    monkeypatch.setattr(loading, "load_unet", lambda _: type(model.unet)(inpainting))
+    assert "turns 9 channels into 4, but the autoencoder's latents have 4" in refusal(folder)
+
+
+def test_what_is_saved_is_what_was_loaded(model_folder: Path, tmp_path: Path) -> None:
+    settings = Settings(steps=7, guidance=2.0, words=("house", "red"), scores={"accuracy": 0.5}, notes="tiny")
+    model = replace(loading.load_model(model_folder), settings=settings)
+    loading.save_model(tmp_path / "deep" / "copy", model)
+    copy = loading.load_model(tmp_path / "deep" / "copy")
+    assert copy.settings == settings
+    assert copy.scheduler == model.scheduler
+    for name in ("unet", "autoencoder", "text_encoder"):
+        assert same_weights(getattr(copy, name), getattr(model, name))
+        assert getattr(copy, name).config.model_dump() == getattr(model, name).config.model_dump()
+    assert torch.equal(copy.tokenizer(["ab c"]).ids, model.tokenizer(["ab c"]).ids)
+
+
+def test_the_saved_layout(model_folder: Path, tmp_path: Path) -> None:
+    model, copy = loading.load_model(model_folder), tmp_path / "copy"
+    former = os.umask(0o027)
+    try:
+        loading.save_model(copy, model, dtype=torch.float16)
+    finally:
+        os.umask(former)
+    index = json.loads((copy / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    assert index["safety_checker"] == [None, None]
+    assert index["requires_safety_checker"] is False
+    scheduler = json.loads((copy / "scheduler" / "scheduler_config.json").read_text())
+    stock = json.loads((model_folder / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["clip_sample"] is False
+    same = [key for key in scheduler if not key.startswith("_")]
+    assert {key: scheduler[key] for key in same} == {key: stock[key] for key in same}
+    for part, name in WEIGHTS.items():
+        with safe_open(copy / part / name, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
+            assert part != "text_encoder" or all(key.startswith("text_model.") for key in file.keys())  # noqa: SIM118
+    for path in copy.rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_saving_replaces_a_model_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    model = loading.load_model(folder)
+    (folder / "leftover").touch()
+    loading.save_model(folder, model)
+    assert not (folder / "leftover").exists()
+    (tmp_path / "empty").mkdir()
+    loading.save_model(tmp_path / "empty", model)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.png").touch()
+    with pytest.raises(ValueError, match="is no model folder"):
+        loading.save_model(tmp_path / "photos", model)
+    with pytest.raises(ValueError, match="is no model folder"):
+        loading.save_model(tmp_path / "photos" / "holiday.png", model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "photos", "tiny"]
+
+
+@pytest.mark.parametrize("step", ["_flush", "_write_weights"])
+def test_a_failed_save_leaves_the_former_model(folder: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    model = loading.load_model(folder)
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(loading, step, fail)
+    with pytest.raises(OSError, match="disk full"):
+        loading.save_model(folder, model)
+    assert same_weights(loading.load_model(folder).unet, model.unet)
+    assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
+
+
+def test_a_failed_rename_puts_the_former_model_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rename = loading.load_model(folder), Path.rename
+
+    def fail_for_the_new(path: Path, target: Path) -> Path:
+        if ".new-" in path.name:
+            raise OSError("no rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    with pytest.raises(OSError, match="no rename"):
+        loading.save_model(folder, model)
+    assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
+    assert same_weights(loading.load_model(folder).unet, model.unet)
+
+
+def test_the_pipeline_saves_in_its_own_precision_or_another(model_folder: Path, tmp_path: Path) -> None:
+    pipe = TextToImagePipeline.from_pretrained(model_folder, device="cpu", dtype="bfloat16")
+    pipe.save_pretrained(tmp_path / "own")
+    pipe.save_pretrained(tmp_path / "full", dtype=torch.float32)
+    assert load_file(tmp_path / "own" / UNET)["conv_in.weight"].dtype == torch.bfloat16
+    assert load_file(tmp_path / "full" / UNET)["conv_in.weight"].dtype == torch.float32
+
+
+SCHEDULERS = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "PNDMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_the_config_of_every_stock_scheduler(name: str, kind: str) -> None:
+    import diffusers
+
+    extra = {"clip_sample": False} if name in ("DDIMScheduler", "DDPMScheduler") else {}
+    stock = getattr(diffusers, name)(beta_start=0.00085, beta_end=0.012, beta_schedule=kind, **extra)
+    config = {**stock.config, "_class_name": name}
+    made = SchedulerConfig.from_diffusers_config(config)
+    assert not [key for key in config if not key.startswith("_") and key not in SchedulerConfig.model_fields]
+    assert torch.allclose(made.make_schedule().alphas_cumprod.float(), stock.alphas_cumprod, atol=1e-6)
+    bare = SchedulerConfig.from_diffusers_config({"_class_name": name})
+    spacing = stock.config.get("timestep_spacing", "linspace")
+    assert made.timestep_spacing == bare.timestep_spacing == spacing
+    assert bare.set_alpha_to_one == stock.config.get("set_alpha_to_one", True)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("to_one", [True, False])
+def test_the_time_grid_is_that_of_ddim(spacing: str, offset: int, to_one: bool) -> None:
+    from diffusers import DDIMScheduler
+
+    stock = DDIMScheduler(timestep_spacing=spacing, steps_offset=offset, set_alpha_to_one=to_one, clip_sample=False)
+    stock.set_timesteps(10)
+    config = SchedulerConfig.from_diffusers_config(stock.config)
+    grid = config.time_grid(config.make_schedule(), 10, "ddim")
+    times = stock.timesteps.double()
+    end = -1 if to_one else 0
+    expected = times if times[-1] == end else torch.cat([times, torch.tensor([end]).double()])
+    assert torch.equal(grid, expected)
+    assert config.time_grid(config.make_schedule(), 10, "ddpm")[-1] == -1
+
+
+def test_words() -> None:
+    assert words_in("Two RED houses, 3 o'clock: une étoile_rouge!") == {
+        "two", "red", "houses", "o'clock", "une", "étoile", "rouge"
+    }  # fmt: skip
