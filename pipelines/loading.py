@@ -18,7 +18,7 @@ from ldm.unet import UNet
 from pipelines.json_files import name_unknown_keys, naming_file, read_json, write_json
 from pipelines.scheduler_config import SchedulerConfig, one_fault
 from pipelines.settings import Settings
-from pipelines.weights import fill, find_weights, read_weights, with_current_attention_keys
+from pipelines.weights import WithoutInitialValues, fill, find_weights, read_weights, with_current_attention_keys
 from text_encoder import TextEncoder, Tokenizer
 from text_encoder.clip import with_prefix
 
@@ -195,7 +195,7 @@ def _load_module(
 ) -> PartT:
     path = folder / "config.json"
     config = read_json(path)
-    with torch.device("meta"):  # the config is checked before any weight is read
+    with torch.device("meta"), WithoutInitialValues():  # the config is checked before any weight is read
         made = naming_file(path, lambda: make(config))
     name_unknown_keys(path, config, type(made.config))
     weights = find_weights(folder, stem)

@@ -38,7 +38,7 @@ class TextToImageOutput:
 
 
 class TextToImagePipeline:
-    """Renders prompts with one model, with the parts `unet`, `autoencoder`, `text_encoder`, and `schedule`."""
+    """Renders prompts with one model; `unet`, `autoencoder`, `text_encoder` and `schedule` are its parts."""
 
     def __init__(
         self, model: Model, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None

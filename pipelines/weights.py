@@ -2,16 +2,31 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 NAMED_KEYS = 5
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+class WithoutInitialValues(TorchFunctionMode):
+    """Within it, `torch.nn.init` leaves tensors as they are: on the meta device its normal draw alone would import
+    torch's compiler, which takes seconds.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def find_weights(folder: Path, stem: str) -> Path:

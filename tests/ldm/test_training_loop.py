@@ -1,0 +1,204 @@
+"""The loop that every training script drives."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+
+from ldm.training import loop
+from ldm.training.data import Batch, CaptionedDataset, Place
+from ldm.training.loop import (
+    LoopConfig,
+    Training,
+    apply_gradients,
+    fit,
+    learning_rate_factor,
+    make_accelerator,
+    make_ema,
+    make_optimizer,
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    reset()
+    yield
+    reset()
+
+
+def reset() -> None:
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+class Points(CaptionedDataset):
+    """x of a line that is to be learned."""
+
+    workers = 0
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, place: Place) -> tuple[Tensor, str, Place]:
+        return torch.tensor([place[0] / 12]), "", place
+
+
+def configure(out: Path, **changes: Any) -> LoopConfig:
+    defaults = {"steps": 6, "batch_size": 4, "mixed_precision": "no", "log_every": 1, "warmup": 0, "learning_rate": 0.1}
+    return LoopConfig(out=str(out), **{**defaults, **changes})
+
+
+def start(config: LoopConfig, spoil: Callable[[Batch], bool] = lambda batch: False) -> tuple[Training, nn.Module]:
+    """A line y = 2 x + 1 being learned; where `spoil` says so the loss is not a number."""
+    reset()
+    accelerator = make_accelerator(config)
+    torch.manual_seed(0)
+    network = nn.Linear(1, 1)
+    ema = make_ema(network, config.ema_decay)
+    model, optimizer = accelerator.prepare(network, make_optimizer(network, config))
+
+    def train_step(batch: Batch) -> dict[str, Tensor]:
+        with accelerator.accumulate(model):
+            loss = (model(batch.inputs) - 2 * batch.inputs - 1).square().mean()
+            if spoil(batch):
+                loss = loss * float("nan")
+            accelerator.backward(loss)
+            norm = apply_gradients(training, model, optimizer)
+        return {"loss": loss.detach(), "gradient_norm": norm}
+
+    training = Training(accelerator, config, Points(), [optimizer], train_step, [(ema, model)])
+    return training, network
+
+
+def log_of(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_learning_rate_warms_up_and_falls_to_zero(tmp_path: Path) -> None:
+    config = configure(tmp_path, steps=110, warmup=10)
+    factors = [learning_rate_factor(config, step) for step in range(111)]
+    assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert factors[10] == 1
+    assert factors[60] == pytest.approx(0.5)
+    assert factors[110] == pytest.approx(0)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert learning_rate_factor(configure(tmp_path, warmup=0), 0) == 1
+    assert learning_rate_factor(configure(tmp_path, steps=5, warmup=10), 9) == 1  # ends within the warm-up
+
+
+def test_a_line_is_learned_and_logged(tmp_path: Path) -> None:
+    training, network = start(configure(tmp_path, steps=60, log_every=10))
+    sheets: list[Path] = []
+    training.on_sample = sheets.append
+    training.config = training.config.model_copy(update={"sample_every": 40})
+    assert fit(training) == 60
+    log = log_of(tmp_path)
+    assert [line["step"] for line in log] == [10, 20, 30, 40, 50, 60]
+    assert log[-1]["loss"] < 0.05 * log[0]["loss"]
+    assert {"images_per_second", "learning_rate", "gradient_norm"} <= log[0].keys()
+    assert log[-1]["learning_rate"] < 0.01 * log[0]["learning_rate"]
+    assert [sheet.name for sheet in sheets] == ["00000040.png", "00000060.png"]
+    assert (tmp_path / "step-00000060").is_dir()
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_logged_loss_is_the_mean_since_the_last_line(tmp_path: Path) -> None:
+    fit(start(configure(tmp_path / "each"))[0])
+    fit(start(configure(tmp_path / "third", log_every=3))[0])
+    each = [line["loss"] for line in log_of(tmp_path / "each")]
+    third = [line["loss"] for line in log_of(tmp_path / "third")]
+    assert third == pytest.approx([sum(each[:3]) / 3, sum(each[3:]) / 3], rel=1e-4)
+
+
+def test_only_matrices_decay() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    network[0].weight.requires_grad_(True)
+    groups = make_optimizer(network, LoopConfig(out=".", weight_decay=0.3)).param_groups
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.3), (3, 0.0)]
+    network[0].requires_grad_(False)
+    assert [len(g["params"]) for g in make_optimizer(network, LoopConfig(out=".")).param_groups] == [0, 2]
+
+
+def test_the_average_s_memory_grows_to_its_decay() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    ema = make_ema(network, decay=0.5)
+    expected = 0.0
+    for count in range(20):
+        nn.init.constant_(network.weight, count)
+        ema.update_parameters(network)
+        decay = min(0.5, (1 + count) / (10 + count))
+        expected = count if count == 0 else decay * expected + (1 - decay) * count
+        assert ema.module.weight.item() == pytest.approx(expected)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+    training, network = start(configure(tmp_path))
+    accelerator, optimizer = training.accelerator, training.optimizers[0]
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    for bad in (float("nan"), float("inf")):
+        accelerator.backward(network(torch.ones(1, 1)).sum() * bad)
+        assert not torch.isfinite(apply_gradients(training, network, optimizer))
+        assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+        assert all(parameter.grad is None for parameter in network.parameters())
+        assert not optimizer.state_dict()["state"]
+    accelerator.backward(network(torch.ones(1, 1)).sum())
+    assert apply_gradients(training, network, optimizer).item() == pytest.approx(2**0.5)
+    assert not torch.equal(network.weight, before["weight"])
+
+
+def test_training_goes_on_after_a_few_bad_steps(tmp_path: Path) -> None:
+    training, network = start(configure(tmp_path, steps=12), spoil=lambda batch: 1 <= batch.step < 10)
+    assert fit(training) == 12
+    assert torch.isfinite(network.weight).all()
+    assert torch.isfinite(training.averaged[0][0].module.weight).all()
+    assert int(training.averaged[0][0].n_averaged) == 3
+
+
+def test_training_gives_up_after_ten_bad_steps(tmp_path: Path) -> None:
+    training, _ = start(configure(tmp_path, steps=30), spoil=lambda batch: batch.step >= 2)
+    with pytest.raises(ValueError, match=r"not finite for 10 steps up to step 11: lower loop\.learning_rate"):
+        fit(training)
+    assert loop.MOST_SKIPPED == 10
+
+
+def test_stops_when_time_is_up_and_goes_on(tmp_path: Path) -> None:
+    training, _ = start(configure(tmp_path / "a", log_every=2, minutes=1e-9))
+    assert fit(training) == 2
+    assert (tmp_path / "a" / "step-00000002").is_dir()
+    training, resumed = start(configure(tmp_path / "a", log_every=2))
+    assert fit(training) == 6
+    training, whole = start(configure(tmp_path / "b", log_every=2))
+    assert fit(training) == 6
+    assert torch.equal(resumed.weight, whole.weight)
+    assert [line["loss"] for line in log_of(tmp_path / "a")] == [line["loss"] for line in log_of(tmp_path / "b")]
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    fit(start(configure(tmp_path))[0])
+    before = (tmp_path / "log.jsonl").read_text()
+    training, _ = start(configure(tmp_path))
+    assert fit(training) == 6
+    assert (tmp_path / "log.jsonl").read_text() == before
+
+
+def test_accumulation_changes_nothing_but_rounding(tmp_path: Path) -> None:
+    made = []
+    for parts in (1, 2, 4):
+        training, network = start(configure(tmp_path / str(parts), gradient_accumulation=parts))
+        fit(training)
+        made.append(network)
+    for network in made[1:]:
+        torch.testing.assert_close(network.weight, made[0].weight, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_that_does_not_divide(tmp_path: Path) -> None:
+    training, _ = start(configure(tmp_path, batch_size=5, gradient_accumulation=2))
+    with pytest.raises(ValueError, match="batch_size 5 is not a multiple of 2"):
+        fit(training)
