@@ -1,4 +1,5 @@
-"""What lies between encoder and decoder: a diagonal Gaussian per latent, pulled towards N(0, 1) (Kingma & Welling 2013)."""
+"""What lies between encoder and decoder: a diagonal Gaussian per latent, pulled towards N(0, 1) (Kingma & Welling
+2013)."""
 
 from dataclasses import dataclass
 
@@ -31,7 +32,8 @@ class DiagonalGaussian:
 
 
 def unit_noise(like: Tensor, generator: Generators) -> Tensor:
-    """Unit noise of a posterior's shape, drawn in float32 on the CPU: one generator for all, or one for each picture."""
+    """Unit noise of a posterior's shape, drawn in float32 on the CPU: one generator for all, or one for each
+    picture."""
     if isinstance(generator, torch.Generator):
         noise = torch.randn(like.shape, generator=generator)
     elif len(generator) == len(like):

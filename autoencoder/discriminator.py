@@ -19,7 +19,11 @@ class PatchDiscriminator(nn.Module):
         for i in range(1, layers + 1):
             outputs = width * min(2**i, 8)
             stride = 2 if i < layers else 1
-            blocks += [nn.Conv2d(channels, outputs, 4, stride, 1, bias=False), nn.GroupNorm(8, outputs), nn.LeakyReLU(0.2)]
+            blocks += [
+                nn.Conv2d(channels, outputs, 4, stride, 1, bias=False),
+                nn.GroupNorm(8, outputs),
+                nn.LeakyReLU(0.2),
+            ]
             channels = outputs
         blocks.append(nn.Conv2d(channels, 1, 4, 1, 1))
         self.layers = nn.Sequential(*blocks)
@@ -28,7 +32,8 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 0.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
+        out: Tensor = self.layers(images)
+        return out
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
@@ -48,4 +53,5 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
     """
     (towards_pixels,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (towards_realism,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (towards_pixels.norm() / (towards_realism.norm() + 1e-4)).clamp(0, largest).detach()
+    out: Tensor = (towards_pixels.norm() / (towards_realism.norm() + 1e-4)).clamp(0, largest).detach()
+    return out

@@ -4,12 +4,12 @@ from torch import Tensor
 
 from autoencoder.bottleneck import DiagonalGaussian
 
-
 SQUARED = 5.0  # errors above 1 / SQUARED weigh more than in proportion: edges and small things are few pixels
 
 
 def reconstruction_loss(images: Tensor, reconstruction: Tensor) -> Tensor:
-    """|x - x'| + 5 (x - x')^2 per value, averaged: the first keeps edges sharp, the second is what PSNR measures. Scalar."""
+    """|x - x'| + 5 (x - x')^2 per value, averaged: the first keeps edges sharp, the second is what PSNR measures.
+    Scalar."""
     difference = images - reconstruction
     return (difference.abs() + SQUARED * difference**2).mean()
 

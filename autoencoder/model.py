@@ -1,4 +1,5 @@
-"""The KL autoencoder of latent diffusion (Rombach et al. 2022, appendix G.1), with the published folder's parameter names.
+"""The KL autoencoder of latent diffusion (Rombach et al. 2022, appendix G.1), with the published folder's parameter
+names.
 
 images [B,3,H,W] in [-1,1] -> latents [B,C,H/f,W/f] -> images, f = 2 ** (levels - 1).
 """
@@ -40,7 +41,9 @@ class AutoencoderConfig(BaseModel, frozen=True):
     def _levels_agree(self) -> "AutoencoderConfig":
         levels = len(self.block_out_channels)
         if len(self.down_block_types) != levels or len(self.up_block_types) != levels:
-            raise ValueError(f"block_out_channels has {levels} levels: down_block_types and up_block_types need as many")
+            raise ValueError(
+                f"block_out_channels has {levels} levels: down_block_types and up_block_types need as many"
+            )
         if any(channels % self.norm_num_groups for channels in self.block_out_channels):
             raise ValueError(f"norm_num_groups {self.norm_num_groups} must divide each of {self.block_out_channels}")
         return self
@@ -58,7 +61,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return self.conv_shortcut(x) + h
+        out: Tensor = self.conv_shortcut(x) + h
+        return out
 
 
 class AttentionBlock(nn.Module):
@@ -77,7 +81,8 @@ class AttentionBlock(nn.Module):
         tokens = self.group_norm(x).permute(0, 2, 3, 1).reshape(batch, 1, height * width, channels)
         attended = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         attended = self.to_out[0](attended).reshape(batch, height, width, channels)
-        return x + attended.permute(0, 3, 1, 2)
+        out: Tensor = x + attended.permute(0, 3, 1, 2)
+        return out
 
 
 class MidBlock(nn.Module):
@@ -90,7 +95,8 @@ class MidBlock(nn.Module):
         x = self.resnets[0](x)
         for attention in self.attentions:
             x = attention(x)
-        return self.resnets[1](x)
+        out: Tensor = self.resnets[1](x)
+        return out
 
 
 class Downsample(nn.Module):
@@ -101,7 +107,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return out
 
 
 class Upsample(nn.Module):
@@ -112,13 +119,17 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then the step to the next; `downsamplers` or `upsamplers` is that step's published name."""
+    """Residual blocks at one resolution, then the step to the next; `downsamplers` or `upsamplers` is that step's
+    published name."""
 
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, resample: tuple[str, nn.Module] | None) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, layers: int, groups: int, resample: tuple[str, nn.Module] | None
+    ) -> None:
         super().__init__()
         inputs = [in_channels] + [out_channels] * (layers - 1)
         self.resnets = nn.ModuleList([ResidualBlock(channels, out_channels, groups) for channels in inputs])
@@ -151,7 +162,8 @@ class Encoder(nn.Module):
         for level in self.down_blocks:
             x = level(x)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return out
 
 
 class Decoder(nn.Module):
@@ -171,7 +183,8 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(latents))
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return out
 
 
 def _is_last(items: tuple[int, ...]) -> list[bool]:
@@ -192,18 +205,21 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def from_diffusers_config(cls, config: Mapping[str, Any]) -> "Autoencoder":
-        """Build from the `vae/config.json` of a model folder. Raises ValueError that names the first unsupported field."""
+        """Build from the `vae/config.json` of a model folder. Raises ValueError that names the first unsupported
+        field."""
         try:
             return cls(AutoencoderConfig.model_validate({k: v for k, v in config.items() if not k.startswith("_")}))
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
-            raise ValueError(f"autoencoder config: {field or 'fields'}: {first['msg']} (found {first['input']!r:.100})") from None
+            raise ValueError(
+                f"autoencoder config: {field or 'fields'}: {first['msg']} (found {first['input']!r:.100})"
+            ) from None
 
     @property
     def downsampling_factor(self) -> int:
         """Pixels per latent, along height and width."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
+        return int(2 ** (len(self.config.block_out_channels) - 1))
 
     def posterior(self, images: Tensor) -> DiagonalGaussian:
         """q(z|x) of images [B,3,H,W] in [-1,1], before scaling."""
@@ -220,10 +236,12 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B,3,H,W] of scaled latents [B,C,h,w]; not clamped to [-1,1]."""
-        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
+        out: Tensor = self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
+        return out
 
     def forward(self, images: Tensor, eps: Tensor) -> tuple[Tensor, DiagonalGaussian]:
-        """Training: the reconstruction through a posterior sample drawn with unit noise eps [B,C,h,w], and the posterior."""
+        """Training: the reconstruction through a posterior sample drawn with unit noise eps [B,C,h,w], and the
+        posterior."""
         posterior = self.posterior(images)
         return self.decoder(self.post_quant_conv(posterior.sample(eps))), posterior
 
@@ -235,8 +253,9 @@ class Autoencoder(nn.Module):
         `quant_conv`, and its inverse into the columns of `post_quant_conv`.
         """
         channels = len(mean)
+        assert self.quant_conv.bias is not None and self.post_quant_conv.bias is not None
         self.quant_conv.weight[:channels] /= std[:, None, None, None]
-        self.quant_conv.bias[:channels] = (self.quant_conv.bias[:channels] - mean) / std  # type: ignore[index]
-        self.quant_conv.bias[channels:] -= 2 * std.log()  # type: ignore[index]
+        self.quant_conv.bias[:channels] = (self.quant_conv.bias[:channels] - mean) / std
+        self.quant_conv.bias[channels:] -= 2 * std.log()
         self.post_quant_conv.bias += self.post_quant_conv.weight[:, :, 0, 0] @ mean
         self.post_quant_conv.weight *= std[None, :, None, None]

@@ -74,12 +74,14 @@ SHORT = 2**14  # queries times keys below which the plain formula is the faster 
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v (arXiv 1706.03762, equation 1): q [B,heads,N,d], k and v [B,heads,L,d] -> [B,heads,N,d].
+    """softmax(q k^T / sqrt(d)) v (arXiv 1706.03762, equation 1): q [B,heads,N,d], k and v [B,heads,L,d] ->
+    [B,heads,N,d].
 
     On a CPU the fused kernel's backward pass is 4 times slower than the plain formula's where sequences are short.
     """
     if q.requires_grad and q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= SHORT:
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+        out: Tensor = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+        return out
     return F.scaled_dot_product_attention(q, k, v)
 
 

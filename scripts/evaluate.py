@@ -2,9 +2,10 @@
 
     python scripts/evaluate.py [MODEL] [--prompts 500] [--guidance 3 1] [--json FILE] [--sheet FILE]
 
-Prompts are the captions of held-out scenes in order; picture i has seed i; nothing is chosen or tried twice. A picture is right
-if every attribute that its caption states is. Beside the score stand four controls of the judge, the autoencoder's reconstruction, and
-FID in the judge's feature space.
+Prompts are the captions of held-out scenes in order; picture i has seed i; nothing is chosen or tried twice. A
+picture is right
+if every attribute that its caption states is. Beside the score stand four controls of the judge, the autoencoder's
+reconstruction, and FID in the judge's feature space.
 """
 
 import argparse
@@ -46,7 +47,8 @@ def interval(values: Sequence[float]) -> list[float]:
 
 
 def accuracy(scores: Scores) -> dict[str, Any]:
-    """Share of pictures with every stated attribute right, and the shares per attribute and per number of attributes."""
+    """Share of pictures with every stated attribute right, and the shares per attribute and per number of
+    attributes."""
     right = [all(each.values()) for each in scores]
     attributes: dict[str, list[bool]] = defaultdict(list)
     numbers: dict[int, list[bool]] = defaultdict(list)
@@ -114,7 +116,9 @@ def frechet(judge: Judge, real: Tensor, other: Tensor) -> float:
     return round(float(metric.compute()), 4)
 
 
-def render(pipe: TextToImagePipeline, prompts: Sequence[str], steps: int | None, guidance: float | None) -> list[Image.Image]:
+def render(
+    pipe: TextToImagePipeline, prompts: Sequence[str], steps: int | None, guidance: float | None
+) -> list[Image.Image]:
     """One picture a prompt; picture i has seed i."""
     images: list[Image.Image] = []
     for start in tqdm(range(0, len(prompts), RENDERED_AT_ONCE), desc="rendering", unit="batch"):

@@ -1,7 +1,8 @@
 """The judge: reads a picturebook picture back from its pixels and says which stated attributes are right.
 
 A small fully convolutional detector in the manner of CenterNet (Zhou et al. 2019, "Objects as Points"): on a grid of one
-cell per four pixels it predicts whether a thing's centre lies there, and that thing's kind, colour and size; the background
+cell per four pixels it predicts whether a thing's centre lies there, and that thing's kind, colour and size; the
+background
 comes from the mean over the grid. It is local and knows nothing of captions, so it cannot prefer familiar combinations,
 and where it finds nothing it answers nothing. `train_judge.py` made the weights beside this file; they are frozen.
 """
@@ -105,7 +106,10 @@ def load_judge() -> Judge:
     if not WEIGHTS.exists():
         raise FileNotFoundError(f"{WEIGHTS} is missing: train the judge with scripts/train_judge.py")
     judge = Judge()
-    judge.load_state_dict({name: tensor.float() for name, tensor in load_file(WEIGHTS).items() if tensor.is_floating_point()}, strict=False)
+    judge.load_state_dict(
+        {name: tensor.float() for name, tensor in load_file(WEIGHTS).items() if tensor.is_floating_point()},
+        strict=False,
+    )
     return judge.eval()
 
 
@@ -119,8 +123,8 @@ def _relation_holds(relation: str, first: Sequence[Detection], second: Sequence[
 def score(stated: Mapping[str, Any], reading: Reading) -> dict[str, bool]:
     """Right or wrong for each attribute that a caption states.
 
-    `stated` is a picture's line of `metadata.jsonl`. Sizes count unless medium, the background if it is stated. "nothing
-    else" asks that no thing of another kind is there. The picture is right if every value is true.
+    `stated` is a picture's line of `metadata.jsonl`. Sizes count unless medium, the background if it is stated.
+    "nothing else" asks that no thing of another kind is there. The picture is right if every value is true.
     """
     groups = stated["things"]
     found = [[d for d in reading.things if d.kind == group["kind"]] for group in groups]

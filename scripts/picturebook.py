@@ -89,7 +89,9 @@ class Scene:
     def held_out(self) -> bool:
         if any((group.color, group.kind) in HELD_OUT_PAIRS for group in self.things):
             return True
-        return self.relation is not None and (self.things[0].kind, self.relation, self.things[1].kind) in HELD_OUT_TRIPLES
+        return (
+            self.relation is not None and (self.things[0].kind, self.relation, self.things[1].kind) in HELD_OUT_TRIPLES
+        )
 
     def metadata(self, file_name: str, size: int) -> dict[str, object]:
         things = [
@@ -112,7 +114,9 @@ class Scene:
         }
 
 
-def _place(rng: random.Random, count: int, side: float, region: tuple[float, float, float, float]) -> list[list[float]] | None:
+def _place(
+    rng: random.Random, count: int, side: float, region: tuple[float, float, float, float]
+) -> list[list[float]] | None:
     """`count` boxes inside the region that keep their distance, or None if chance found no room."""
     x0, y0, x1, y1 = region
     boxes: list[list[float]] = []
@@ -122,9 +126,7 @@ def _place(rng: random.Random, count: int, side: float, region: tuple[float, flo
             return None
         for _ in range(30):
             x, y = rng.uniform(x0, x1 - own), rng.uniform(y0, y1 - own)
-            if all(
-                x + own + GAP < b[0] or b[2] + GAP < x or y + own + GAP < b[1] or b[3] + GAP < y for b in boxes
-            ):
+            if all(x + own + GAP < b[0] or b[2] + GAP < x or y + own + GAP < b[1] or b[3] + GAP < y for b in boxes):
                 boxes.append([x, y, x + own, y + own])
                 break
         else:
@@ -144,13 +146,16 @@ def _regions(rng: random.Random, relation: str) -> list[tuple[float, float, floa
 
 
 def _aligned(relation: str, groups: list[list[list[float]]]) -> bool:
-    """Whether two things are more beside (or above) each other than diagonal, so that one relation is the natural one."""
+    """Whether two things are more beside (or above) each other than diagonal, so that one relation is the natural
+    one."""
     centers = [[sum(box[i] + box[i + 2] for box in boxes) / (2 * len(boxes)) for i in (0, 1)] for boxes in groups]
     apart = [abs(a - b) for a, b in zip(*centers, strict=True)]
     return apart[0] > apart[1] if relation in ("left of", "right of") else apart[1] > apart[0]
 
 
-def _draw_layout(rng: random.Random, relation: str | None, counts: list[int], sizes: list[str]) -> list[list[list[float]]]:
+def _draw_layout(
+    rng: random.Random, relation: str | None, counts: list[int], sizes: list[str]
+) -> list[list[list[float]]]:
     """Boxes of each group of things. Raises ValueError if no room is found."""
     for _ in range(200):
         regions = [(GAP, GAP, UNITS - GAP, UNITS - GAP)] if relation is None else _regions(rng, relation)
@@ -176,7 +181,9 @@ def _noun_phrase(rng: random.Random, group: Things) -> str:
     return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
 
 
-def _caption(rng: random.Random, background: str, stated: bool, relation: str | None, things: tuple[Things, ...]) -> str:
+def _caption(
+    rng: random.Random, background: str, stated: bool, relation: str | None, things: tuple[Things, ...]
+) -> str:
     text = _noun_phrase(rng, things[0])
     if relation is not None:
         text += f" {rng.choice(RELATION_WORDS[relation])} {_noun_phrase(rng, things[1])}"

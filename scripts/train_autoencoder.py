@@ -104,7 +104,8 @@ def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
 
 @torch.no_grad()
 def whiten(autoencoder: Autoencoder, images: CaptionedImages, count: int) -> tuple[Tensor, Tensor]:
-    """Measure the latents' mean and std per channel over `count` pictures and fold them in; returns both, before folding."""
+    """Measure the latents' mean and std per channel over `count` pictures and fold them in; returns both, before
+    folding."""
     device = next(autoencoder.parameters()).device
     sums, squares, number = torch.zeros(2, autoencoder.config.latent_channels, dtype=torch.float64).unbind() + (0,)
     count = min(count, len(images))
@@ -153,7 +154,9 @@ def train(config: AutoencoderTrainingConfig) -> None:
         finished: Autoencoder = ema.module
         mean, std = whiten(finished, images, 2000)
         save_part(Path(config.loop.out) / "model" / "vae", finished)
-        print(f"latents before whitening: mean {[round(v, 3) for v in mean.tolist()]}, std {[round(v, 3) for v in std.tolist()]}")
+        print(
+            f"latents before whitening: mean {[round(v, 3) for v in mean.tolist()]}, std {[round(v, 3) for v in std.tolist()]}"
+        )
     accelerator.end_training()
 
 

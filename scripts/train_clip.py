@@ -2,9 +2,10 @@
 
     accelerate launch scripts/train_clip.py --config scripts/configs/picturebook_clip.yaml
 
-Writes `OUT/clip`, which open_clip loads as `local-dir:OUT/clip`, and `OUT/model/text_encoder` and `OUT/model/tokenizer` in the
-published layout: the tower without its last block, because a contrastive loss gives that block's outputs no gradient at any
-position but the end token. The same command again resumes.
+Writes `OUT/clip`, which open_clip loads as `local-dir:OUT/clip`, and `OUT/model/text_encoder` and
+`OUT/model/tokenizer` in the
+published layout: the tower without its last block, because a contrastive loss gives that block's outputs no gradient
+at any position but the end token. The same command again resumes.
 """
 
 import json
@@ -79,7 +80,8 @@ def survey(tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, int]:
 def save(out: Path, clip: nn.Module, config: dict[str, Any], seen: Tensor) -> None:
     """Write the whole CLIP for open_clip, and its text tower for the U-Net.
 
-    The tower's rows of tokens and positions that no caption reached are zero: they hold nothing learned, and compress away.
+    The tower's rows of tokens and positions that no caption reached are zero: they hold nothing learned, and compress
+    away.
     """
     weights = {name: tensor.float().cpu().contiguous() for name, tensor in clip.state_dict().items()}
     (out / "clip").mkdir(parents=True, exist_ok=True)
@@ -99,7 +101,9 @@ def save(out: Path, clip: nn.Module, config: dict[str, Any], seen: Tensor) -> No
         )
     )
     weights["token_embedding.weight"][~seen] = 0
-    weights["positional_embedding"] = F.pad(weights["positional_embedding"], (0, 0, 0, POSITIONS - text["context_length"]))
+    weights["positional_embedding"] = F.pad(
+        weights["positional_embedding"], (0, 0, 0, POSITIONS - text["context_length"])
+    )
     tower.load_state_dict(from_open_clip(weights, text["layers"] - 1))
     save_part(out / "model" / "text_encoder", tower)
 

@@ -2,8 +2,8 @@
 
     python scripts/train_judge.py [--steps 2000]
 
-Writes `scripts/judge.safetensors` (fp16) and `scripts/judge.json` (recipe and measured controls). The judge is frozen before any model
-that it judges is trained; train it again only with a new world.
+Writes `scripts/judge.safetensors` (fp16) and `scripts/judge.json` (recipe and measured controls). The judge is frozen
+before any model that it judges is trained; train it again only with a new world.
 """
 
 import argparse
@@ -28,7 +28,8 @@ _INDEX = {word: i for words in (KINDS, COLORS, SIZES, BACKGROUNDS) for i, word i
 
 
 def targets(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:
-    """Heat map of centres [B,16,16] (Gaussian around each, 1 at it), class indices [B,3,16,16] (−1: no thing), background [B]."""
+    """Heat map of centres [B,16,16] (Gaussian around each, 1 at it), class indices [B,3,16,16] (−1: no thing),
+    background [B]."""
     heat = torch.zeros(len(scenes), GRID, GRID)
     classes = torch.full((len(scenes), 3, GRID, GRID), -1)
     ys, xs = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
@@ -66,7 +67,9 @@ def roughen(images: Tensor, rng: torch.Generator) -> Tensor:
 def load(count: int, seed: int, split: str) -> tuple[list[Scene], Tensor]:
     """Scenes, and their pictures as uint8 [N,3,64,64]."""
     pairs = list(tqdm(pictures(count, seed, split, UNITS), total=count, desc=f"drawing {split}"))
-    return [scene for scene, _ in pairs], torch.from_numpy(np.stack([np.asarray(im) for _, im in pairs])).permute(0, 3, 1, 2)
+    return [scene for scene, _ in pairs], torch.from_numpy(np.stack([np.asarray(im) for _, im in pairs])).permute(
+        0, 3, 1, 2
+    )
 
 
 def train(steps: int, count: int) -> Judge:
@@ -99,14 +102,18 @@ def controls(judge: Judge, count: int) -> dict[str, float]:
     scenes, images = load(count, TEST_SEED, "heldout")
     lines = [scene.metadata("", UNITS) for scene in scenes]
     readings = [r for chunk in images.split(100) for r in judge.read(chunk.float() / 127.5 - 1)]
-    noise = judge.read(torch.randn(min(200, count), 3, UNITS, UNITS, generator=torch.Generator().manual_seed(0)).clamp(-1, 1))
+    noise = judge.read(
+        torch.randn(min(200, count), 3, UNITS, UNITS, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    )
 
     def share(pairs: list[bool]) -> float:
         return round(sum(pairs) / len(pairs), 4)
 
     return {
         "real held-out": share([all(score(s, r).values()) for s, r in zip(lines, readings, strict=True)]),
-        "wrong caption": share([all(score(s, r).values()) for s, r in zip(lines, readings[1:] + readings[:1], strict=True)]),
+        "wrong caption": share(
+            [all(score(s, r).values()) for s, r in zip(lines, readings[1:] + readings[:1], strict=True)]
+        ),
         "noise": share([all(score(s, r).values()) for s, r in zip(lines[:200], noise, strict=True)]),
     }
 

@@ -2,13 +2,13 @@
 
     accelerate launch scripts/train_unet.py --config scripts/configs/picturebook_unet.yaml
 
-Needs an autoencoder (`train_autoencoder.py`) and a text encoder (`train_clip.py`), or the folder of a whole model for both.
-Writes `OUT/model`, which `ldm render --model` and diffusers take. The same command again resumes; `--init FOLDER` starts from
-another model's U-Net and text encoder.
+Needs an autoencoder (`train_autoencoder.py`) and a text encoder (`train_clip.py`), or the folder of a whole model for
+both.
+Writes `OUT/model`, which `ldm render --model` and diffusers take. The same command again resumes; `--init FOLDER`
+starts from another model's U-Net and text encoder.
 """
 
 import hashlib
-import shutil
 from pathlib import Path
 
 import torch
@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from autoencoder.bottleneck import DiagonalGaussian
 from ldm.loss import diffusion_loss
-from ldm.schedule import NoiseSchedule
 from ldm.training import randomness
 from ldm.training.command_line import parse_config
 from ldm.training.data import Batch, CaptionedDataset, CaptionedImages, DataConfig, Place
@@ -98,7 +97,9 @@ def encode_all(images: CaptionedImages, folder: Path, device: torch.device) -> T
     for start in tqdm(range(0, len(images), 64), desc="encoding", unit="batch"):
         batch = images.images(start, min(start + 64, len(images))).to(device, dtype, memory_format=torch.channels_last)
         posterior = autoencoder.posterior(batch)
-        scaled = torch.cat([posterior.mean.float() * scale, posterior.logvar.float() + 2 * torch.tensor(scale).log()], 1)
+        scaled = torch.cat(
+            [posterior.mean.float() * scale, posterior.logvar.float() + 2 * torch.tensor(scale).log()], 1
+        )
         moments.append(scaled.half().cpu())
     return torch.cat(moments)
 

@@ -1,8 +1,9 @@
 """Checkpoints that are never half-written, and exact resume.
 
-A checkpoint is a folder `step-00001000`. It is staged under a temporary name, every file is flushed to disk, a manifest with sizes
-and hashes is written last, the folder is renamed into place, and only then are old ones pruned. Losing power or being killed at
-any moment leaves the previous checkpoint intact.
+A checkpoint is a folder `step-00001000`. It is staged under a temporary name, every file is flushed to disk, a
+manifest with sizes
+and hashes is written last, the folder is renamed into place, and only then are old ones pruned. Losing power or being
+killed at any moment leaves the previous checkpoint intact.
 """
 
 import hashlib
@@ -46,7 +47,8 @@ def _commit(staging: Path, folder: Path, step: int) -> None:
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int) -> None:
-    """Save the state of all processes as `folder/step-...` and keep the newest `keep` checkpoints. All processes call this."""
+    """Save the state of all processes as `folder/step-...` and keep the newest `keep` checkpoints. All processes call
+    this."""
     staging = folder / f".tmp-{step:08}"
     if accelerator.is_main_process:
         shutil.rmtree(staging, ignore_errors=True)
@@ -67,13 +69,22 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def verify(checkpoint: Path) -> int:
-    """The checkpoint's step, if every file is as it was written. Raises ValueError that names the first damaged file."""
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    """The checkpoint's step, if every file is as it was written. Raises ValueError that names the first damaged
+    file."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except ValueError:
+        raise _damaged(checkpoint, MANIFEST) from None
     for name, entry in manifest["files"].items():
         file = checkpoint / name
         if not file.exists() or file.stat().st_size != entry["size"] or _sha256(file) != entry["sha256"]:
-            raise ValueError(f"checkpoint file {file} is damaged: delete {checkpoint} to resume from an older checkpoint")
+            raise _damaged(checkpoint, name)
     return int(manifest["step"])
+
+
+def _damaged(checkpoint: Path, name: str) -> ValueError:
+    file = checkpoint / name
+    return ValueError(f"checkpoint file {file} is damaged: delete {checkpoint} to resume from an older checkpoint")
 
 
 def load_newest(accelerator: Accelerator, folder: Path) -> int:

@@ -1,10 +1,11 @@
-"""`--config FILE.yaml --section.field value` for the training scripts; unknown fields are errors that name the field."""
+"""`--config FILE.yaml --section.field value` for the training scripts; unknown fields are errors that name the
+field."""
 
 import re
 import sys
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -14,7 +15,7 @@ def parse_config(config_class: type[Config], description: str, arguments: list[s
     import jsonargparse
 
     class Parser(jsonargparse.ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> None:
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             line = re.sub(r"For further information visit \S+", "", " ".join(message.split()))
             print(f"error: {line}", file=sys.stderr)
             raise SystemExit(2)
@@ -24,4 +25,8 @@ def parse_config(config_class: type[Config], description: str, arguments: list[s
     parser.add_class_arguments(config_class, as_group=False)
     parsed = parser.parse_args(arguments)
     del parsed["config"]
-    return config_class.model_validate(parser.instantiate_classes(parsed).as_dict())
+    try:
+        return config_class.model_validate(parsed.as_dict())
+    except ValidationError as error:  # fields that are right each for itself, but not together
+        fault = error.errors()[0]
+        return parser.error(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}")

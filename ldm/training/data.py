@@ -1,4 +1,5 @@
-"""Captioned images from a folder, parquet, WebDataset tars or the hub, in an order that is a function of (seed, step)."""
+"""Captioned images from a folder, parquet, WebDataset tars or the hub, in an order that is a function of (seed,
+step)."""
 
 import io
 import os
@@ -35,7 +36,8 @@ class DataConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 def open_dataset(config: DataConfig) -> "datasets.Dataset":
-    """The dataset behind `config.path`, its images undecoded. The builder is named: no builder that unpickles is ever chosen.
+    """The dataset behind `config.path`, its images undecoded. The builder is named: no builder that unpickles is ever
+    chosen.
 
     Raises FileNotFoundError if the folder is missing or holds no images, ValueError if a column is missing.
     """
@@ -128,7 +130,9 @@ class CaptionedImages(CaptionedDataset):
         try:
             image = decode_image(source["bytes"] or source["path"], self.config.size)
         except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"row {index} ({source['path']}) of {self.config.path} is no readable image: {error}") from None
+            raise ValueError(
+                f"row {index} ({source['path']}) of {self.config.path} is no readable image: {error}"
+            ) from None
         if self.config.flip and randomness.uniform(self.seed, "flip", step, [position]) < 0.5:
             image = image.flip(-1)
         return image, row[self.config.caption_column], place
@@ -156,7 +160,9 @@ class Share:
 
     def __post_init__(self) -> None:
         if self.batch % (self.parts * self.ranks):
-            raise ValueError(f"batch_size {self.batch} is not a multiple of {self.parts} accumulation steps x {self.ranks} processes")
+            raise ValueError(
+                f"batch_size {self.batch} is not a multiple of {self.parts} accumulation steps x {self.ranks} processes"
+            )
 
     def positions(self, part: int) -> range:
         """Positions in the global batch of this process' micro-batch `part`."""

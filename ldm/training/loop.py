@@ -1,14 +1,16 @@
 """The loop that every training script drives: resume, order, learning rate, EMA, logs, checkpoints, hooks.
 
-A script gives `fit` one function, `train_step(batch) -> {name: scalar}`, that does forward, backward and optimizer steps itself.
+A script gives `fit` one function, `train_step(batch) -> {name: scalar}`, that does forward, backward and optimizer
+steps itself.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -73,7 +75,7 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
 
 def make_optimizer(model: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
     """AdamW; weights of one dimension (norms, biases) are not decayed."""
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.requires_grad and p.ndim > 1]},
         {"params": [p for p in model.parameters() if p.requires_grad and p.ndim <= 1], "weight_decay": 0.0},
     ]
@@ -81,13 +83,15 @@ def make_optimizer(model: nn.Module, config: LoopConfig) -> torch.optim.Optimize
 
 
 def make_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights, fp32, whose memory grows from short to `decay` as training goes on."""
+    """An exponential moving average of the weights, fp32, whose memory grows from short to `decay` as training goes
+    on."""
 
-    def average(averages: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+    @torch.no_grad()
+    def average(averages: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
         weight = 1 - min(decay, (1 + float(count)) / (10 + float(count)))
-        torch._foreach_lerp_(averages, current, weight)
+        torch._foreach_lerp_(list(averages), list(current), weight)
 
-    return AveragedModel(model, multi_avg_fn=torch.no_grad()(average))
+    return AveragedModel(model, multi_avg_fn=average)
 
 
 @dataclass
@@ -106,7 +110,8 @@ class Training:
 
 
 def apply_gradients(training: Training, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Clip and step, at the end of an accumulation; a step whose gradient is not finite is skipped. Returns the gradient's norm."""
+    """Clip and step, at the end of an accumulation; a step whose gradient is not finite is skipped. Returns the
+    gradient's norm."""
     accelerator = training.accelerator
     if not accelerator.sync_gradients:
         return torch.zeros(())
@@ -115,7 +120,7 @@ def apply_gradients(training: Training, model: nn.Module, optimizer: torch.optim
     if torch.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
-    return norm.detach().float()
+    return torch.as_tensor(norm).detach().float()
 
 
 class _Log:
@@ -128,7 +133,11 @@ class _Log:
         self.since = time.monotonic()
         accelerator = training.accelerator
         self.bar = tqdm(
-            total=training.config.steps, initial=start, disable=not accelerator.is_main_process, unit="step", smoothing=0.05
+            total=training.config.steps,
+            initial=start,
+            disable=not accelerator.is_main_process,
+            unit="step",
+            smoothing=0.05,
         )
 
     def add(self, values: dict[str, Tensor]) -> None:
@@ -167,7 +176,8 @@ def _agree_to_stop(training: Training, deadline: float) -> bool:
 
 
 def fit(training: Training) -> int:
-    """Train from the newest checkpoint (or from the start) to `steps`, or until `minutes` are over. Returns the step reached.
+    """Train from the newest checkpoint (or from the start) to `steps`, or until `minutes` are over. Returns the step
+    reached.
 
     Raises ValueError if the gradient was not finite for ten steps in a row.
     """
@@ -192,7 +202,9 @@ def fit(training: Training) -> int:
             log.add(values)
         skipped = 0 if torch.isfinite(values.get("gradient_norm", torch.zeros(()))) else skipped + 1
         if skipped == MOST_SKIPPED:
-            raise ValueError(f"the gradient was not finite for {skipped} steps up to step {done}: lower loop.learning_rate")
+            raise ValueError(
+                f"the gradient was not finite for {skipped} steps up to step {done}: lower loop.learning_rate"
+            )
         if not skipped:
             for ema, model in training.averaged:
                 ema.update_parameters(accelerator.unwrap_model(model))
@@ -204,7 +216,11 @@ def fit(training: Training) -> int:
         if done % config.checkpoint_every == 0 or stop:
             checkpoint.save_checkpoint(accelerator, folder, done, config.keep)
             saved = done
-        if training.on_sample and accelerator.is_main_process and (done % config.sample_every == 0 or done == config.steps):
+        if (
+            training.on_sample
+            and accelerator.is_main_process
+            and (done % config.sample_every == 0 or done == config.steps)
+        ):
             training.on_sample(folder / "samples" / f"{done:08}.png")
         if stop:
             break

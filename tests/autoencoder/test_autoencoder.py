@@ -71,9 +71,7 @@ def test_equals_diffusers(levels: int, attention: bool) -> None:
     torch.testing.assert_close(latents, posterior.mode() * 0.3, atol=1e-5, rtol=1e-5)
 
     sample = ours.encode(images, torch.Generator().manual_seed(5))
-    torch.testing.assert_close(
-        sample, posterior.sample(torch.Generator().manual_seed(5)) * 0.3, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(sample, posterior.sample(torch.Generator().manual_seed(5)) * 0.3, atol=1e-5, rtol=1e-5)
     one_for_each = ours.encode(images, generators(2))
     torch.testing.assert_close(one_for_each, posterior.sample(generators(2)) * 0.3, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(sample, latents, atol=1e-3)

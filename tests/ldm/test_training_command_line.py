@@ -1,20 +1,35 @@
 """`--config FILE.yaml --section.field value`, and one line for what is wrong."""
 
 from pathlib import Path
+from typing import Self
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
 from ldm.training.command_line import parse_config
 from ldm.training.data import DataConfig
 from ldm.training.loop import LoopConfig
 
 
+class LevelsConfig(BaseModel, frozen=True, extra="forbid"):
+    """Two fields that have to agree."""
+
+    widths: tuple[int, ...] = (8,)
+    blocks: int = 1
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if len(self.widths) != self.blocks:
+            raise ValueError(f"{self.blocks} blocks need as many widths")
+        return self
+
+
 class RunConfig(BaseModel, frozen=True, extra="forbid"):
-    """Two sections and a field."""
+    """Three sections and a field."""
 
     data: DataConfig
     loop: LoopConfig
+    model: LevelsConfig = LevelsConfig()
     init: str | None = None
 
 
@@ -31,8 +46,11 @@ def parse(*arguments: str) -> RunConfig:
 
 def test_file_and_later_arguments(file: str) -> None:
     config = parse("--config", file, "--loop.steps", "9", "--init", "other")
+    assert parse("--config", file, "--model.blocks", "2", "--model.widths", "[8, 16]").model.widths == (8, 16)
     assert config == RunConfig(
-        data=DataConfig(path="pictures", size=32), loop=LoopConfig(out="runs/a", steps=9, learning_rate=1e-3), init="other"
+        data=DataConfig(path="pictures", size=32),
+        loop=LoopConfig(out="runs/a", steps=9, learning_rate=1e-3),
+        init="other",
     )
 
 
@@ -49,11 +67,10 @@ def test_arguments_alone() -> None:
         (["--loop.mixed_precision", "fp64"], "mixed_precision"),
         (["--data.size", "4"], "size"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--model.blocks", "2"], "2 blocks need as many widths"),
     ],
 )
-def test_bad_input_is_one_line(
-    file: str, arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line(file: str, arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse("--config", file, *arguments)
     assert stopped.value.code == 2
@@ -64,7 +81,10 @@ def test_bad_input_is_one_line(
     assert named in printed.err
 
 
-@pytest.mark.parametrize("text", ["loop:\n  out: a\n  speed: 3\ndata:\n  path: b\n", "loop:\n  out: a\n", "a: [", "- 1\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["loop:\n  out: a\n  speed: 3\ndata:\n  path: b\n", "loop:\n  out: a\n", "a: [", "- 1\n"],
+)
 def test_bad_file_is_one_line(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(SystemExit) as stopped:

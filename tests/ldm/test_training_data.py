@@ -3,7 +3,6 @@
 import io
 import json
 import tarfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 

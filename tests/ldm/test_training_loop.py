@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,13 @@ def test_learning_rate_warms_up_and_falls_to_zero(tmp_path: Path) -> None:
     assert factors[10] == 1
     assert factors[60] == pytest.approx(0.5)
     assert factors[110] == pytest.approx(0)
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[10:]))
     assert learning_rate_factor(configure(tmp_path, warmup=0), 0) == 1
     assert learning_rate_factor(configure(tmp_path, steps=5, warmup=10), 9) == 1  # ends within the warm-up
 
 
 def test_a_line_is_learned_and_logged(tmp_path: Path) -> None:
-    training, network = start(configure(tmp_path, steps=60, log_every=10))
+    training, _ = start(configure(tmp_path, steps=60, log_every=10))
     sheets: list[Path] = []
     training.on_sample = sheets.append
     training.config = training.config.model_copy(update={"sample_every": 40})

@@ -3,12 +3,11 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import picturebook
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from tiny_models import TINY_AUTOENCODER, forget_accelerator
 
 from autoencoder import Autoencoder, AutoencoderConfig
 from pipelines.loading import save_part
@@ -16,38 +15,14 @@ from text_encoder import TextEncoder, TextEncoderConfig
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz,"
 VOCABULARY = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-TINY_AUTOENCODER: dict[str, Any] = {
-    "block_out_channels": [8, 8, 16],
-    "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "norm_num_groups": 4,
-    "mid_block_add_attention": False,
-    "sample_size": 32,
-}
-TINY_UNET: dict[str, Any] = {
-    "sample_size": 8,
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "attention_head_dim": 2,
-    "cross_attention_dim": 16,
-    "norm_num_groups": 4,
-}
 
 
 @pytest.fixture(autouse=True)
 def _one_run_after_another(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """accelerate keeps its state for the whole process, as if there were one run in each."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     forget_accelerator()
     yield
     forget_accelerator()
-
-
-def forget_accelerator() -> None:
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -58,7 +58,7 @@ def words(text: str) -> set[str]:
 def test_a_tenth_is_held_out() -> None:
     assert len(HELD_OUT_PAIRS) == len(KINDS) * len(COLORS) // 10
     assert len(HELD_OUT_TRIPLES) / (len(KINDS) * (len(KINDS) - 1) * 4) == pytest.approx(0.1, abs=0.002)
-    assert HELD_OUT_TRIPLES == {(b, OPPOSITE[relation], a) for a, relation, b in HELD_OUT_TRIPLES}
+    assert {(b, OPPOSITE[relation], a) for a, relation, b in HELD_OUT_TRIPLES} == HELD_OUT_TRIPLES
     assert all(color in COLORS and kind in KINDS for color, kind in HELD_OUT_PAIRS)
     assert len(KINDS) >= 16
     assert len(COLORS) == 10

@@ -8,24 +8,14 @@ from typing import Any
 import pytest
 import torch
 import train_unet
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from tiny_models import TINY_UNET, forget_accelerator
 from torch import Tensor
-
-from ldm.training.loop import LoopConfig
 from train_unet import UNetTrainingConfig
 
+from ldm.training.loop import LoopConfig
+
 STEPS = 200
-TINY_UNET: dict[str, Any] = {
-    "sample_size": 8,
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "attention_head_dim": 2,
-    "cross_attention_dim": 16,
-    "norm_num_groups": 4,
-}
 Losses = list[float]
 Run = Callable[..., Losses]
 
@@ -39,8 +29,7 @@ def run(data_folder: Path, parts_folder: Path) -> Run:
     """Trains as the script does; returns every micro-batch's loss, all its digits. `kill` is the one to die at."""
 
     def train(out: Path, kill: int | None = None, **loop: Any) -> Losses:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        forget_accelerator()
         defaults = {"steps": STEPS, "batch_size": 4, "learning_rate": 1e-3, "warmup": 10, "mixed_precision": "no"}
         defaults |= {"log_every": 1, "checkpoint_every": 25, "sample_every": 10_000}
         config = UNetTrainingConfig(

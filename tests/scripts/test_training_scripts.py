@@ -1,0 +1,273 @@
+"""Each training script, run for two steps, writes what it promises."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train_autoencoder
+import train_clip
+import train_unet
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import TINY_AUTOENCODER, TINY_CLIP, TINY_UNET, forget_accelerator
+from torch import Tensor, nn
+from train_autoencoder import AutoencoderTrainingConfig
+from train_clip import ClipTrainingConfig
+from train_unet import UNetTrainingConfig
+
+from autoencoder import Autoencoder
+from ldm.training.command_line import parse_config
+from ldm.training.data import Batch, CaptionedImages, DataConfig
+from ldm.training.loop import LoopConfig, Training, make_accelerator
+from pipelines import TextToImagePipeline
+from pipelines.loading import load_autoencoder
+from text_encoder import Tokenizer
+
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+def loop_config(out: Path, **changes: Any) -> LoopConfig:
+    defaults = {"steps": 2, "batch_size": 8, "mixed_precision": "no", "log_every": 1, "warmup": 0}
+    return LoopConfig(out=str(out), **{**defaults, **changes})
+
+
+def log_of(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def autoencoder_config(out: Path, data: Path, init: Path | None = None, **loop: Any) -> AutoencoderTrainingConfig:
+    return AutoencoderTrainingConfig(
+        data=DataConfig(path=str(data), size=32),
+        loop=loop_config(out, **loop),
+        model=TINY_AUTOENCODER,
+        adversary={"start": 0, "warmup": 1, "width": 8},
+        init=None if init is None else str(init),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained_autoencoder(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    forget_accelerator()
+    out = tmp_path_factory.mktemp("autoencoder")
+    train_autoencoder.train(autoencoder_config(out, data_folder))
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained_clip(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    forget_accelerator()
+    out = tmp_path_factory.mktemp("clip")
+    train_clip.train(
+        ClipTrainingConfig(data=DataConfig(path=str(data_folder), size=32), loop=loop_config(out), model=TINY_CLIP)
+    )
+    return out
+
+
+def unet_config(out: Path, data: Path, vae: Path, text: Path, **changes: Any) -> UNetTrainingConfig:
+    fields: dict[str, Any] = {
+        "data": DataConfig(path=str(data), size=32),
+        "loop": loop_config(out),
+        "autoencoder": str(vae / "model"),
+        "text_encoder": str(text / "model"),
+        "model": TINY_UNET,
+        "scheduler": ZERO_SNR,
+        "objective": {"min_snr_gamma": 5, "caption_dropout": 0.5},
+        "settings": {"steps": 2, "guidance": 2.0},
+    }
+    return UNetTrainingConfig(**{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def trained_unet(
+    data_folder: Path, trained_autoencoder: Path, trained_clip: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    forget_accelerator()
+    out = tmp_path_factory.mktemp("unet")
+    train_unet.train(unet_config(out, data_folder, trained_autoencoder, trained_clip))
+    return out
+
+
+def test_autoencoder_writes_a_whitened_vae(trained_autoencoder: Path, data_folder: Path) -> None:
+    first, second = log_of(trained_autoencoder)
+    assert {"loss", "kl", "psnr", "discriminator", "real", "fake", "gradient_norm"} <= first.keys()
+    assert {"adversarial", "adversarial_weight"} & first.keys() == set()  # it learns for one step, then has a say
+    assert {"adversarial", "adversarial_weight", "discriminator"} <= second.keys()
+    assert (trained_autoencoder / "samples" / "00000002.png").exists()
+
+    autoencoder = load_autoencoder(trained_autoencoder / "model" / "vae")
+    assert autoencoder.config.scaling_factor == 1.0
+    images = CaptionedImages(DataConfig(path=str(data_folder), size=32), seed=0).images(0, 16)
+    with torch.no_grad():
+        posterior = autoencoder.posterior(images)
+        samples = torch.stack([posterior.sample(torch.randn_like(posterior.mean)) for _ in range(20)])
+    torch.testing.assert_close(posterior.mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(samples.std((0, 1, 3, 4)), torch.ones(4), atol=0.02, rtol=0)
+
+
+def test_autoencoder_goes_on_from_another(trained_autoencoder: Path, data_folder: Path, tmp_path: Path) -> None:
+    """At a learning rate of next to nothing the pictures stay; the latents are whitened already."""
+    init = trained_autoencoder / "model"
+    train_autoencoder.train(autoencoder_config(tmp_path, data_folder, init, steps=1, learning_rate=1e-12))
+    images = CaptionedImages(DataConfig(path=str(data_folder), size=32), seed=0).images(0, 2)
+    before, after = load_autoencoder(init / "vae"), load_autoencoder(tmp_path / "model" / "vae")
+    with torch.no_grad():
+        torch.testing.assert_close(after.encode(images), before.encode(images), atol=1e-2, rtol=1e-2)
+        decoded = before.decode(before.encode(images))
+        torch.testing.assert_close(after.decode(after.encode(images)), decoded, atol=1e-3, rtol=1e-3)
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_neither_side_s_gradients_reach_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = autoencoder_config(tmp_path, tmp_path)
+    accelerator = make_accelerator(config.loop)
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(config.model)
+    discriminator = train_autoencoder.PatchDiscriminator(8)
+    training = Training(accelerator, config.loop, [], [], lambda batch: {})  # type: ignore[arg-type]
+    training.optimizers = [None, None]  # type: ignore[list-item]
+    step = train_autoencoder.Step(training, config, autoencoder, discriminator)
+    monkeypatch.setattr(train_autoencoder, "apply_gradients", lambda *_: torch.zeros(()))
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    batch = Batch(images, ["", ""], [0, 1], [0, 1], step=1)
+
+    reconstruction, values = step._train_autoencoder(batch, images)
+    generator_side = gradients(autoencoder)
+    assert generator_side.keys() == {name for name, _ in autoencoder.named_parameters()}
+    assert gradients(discriminator) == {}
+    assert all(parameter.requires_grad for parameter in discriminator.parameters())
+
+    step._train_discriminator(images, reconstruction.detach())
+    assert gradients(discriminator).keys() == {name for name, _ in discriminator.named_parameters()}
+    assert same(gradients(autoencoder), generator_side)
+
+    autoencoder.zero_grad()
+    step._train_autoencoder(Batch(images, ["", ""], [0, 1], [0, 1], step=0), images)
+    assert not same(gradients(autoencoder), generator_side)  # the adversary had a say in it
+    assert values["adversarial_weight"] > 0
+
+
+def test_clip_writes_a_text_encoder_and_a_clip(trained_clip: Path, data_folder: Path) -> None:
+    import open_clip
+
+    assert [line["step"] for line in log_of(trained_clip)] == [1, 2]
+    clip = open_clip.create_model(f"local-dir:{trained_clip / 'clip'}").eval()
+    weights = load_file(trained_clip / "clip" / "open_clip_model.safetensors")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in clip.state_dict().items())
+
+    tokenizer = Tokenizer.from_folder(trained_clip / "model" / "tokenizer")
+    captions = [json.loads(line)["text"] for line in (data_folder / "metadata.jsonl").read_text().splitlines()]
+    tower = train_clip.TextEncoder.from_transformers_config(
+        json.loads((trained_clip / "model" / "text_encoder" / "config.json").read_text())
+    )
+    tower.load_state_dict(load_file(trained_clip / "model" / "text_encoder" / "model.safetensors"))
+    ids = tokenizer(captions).ids
+    assert (tower.config.num_hidden_layers, tower.config.max_position_embeddings, ids.shape[1]) == (1, 77, 77)
+
+    table = tower.text_model.embeddings.token_embedding.weight
+    seen = torch.zeros(len(table), dtype=torch.bool)
+    seen[ids.unique()] = True
+    assert torch.equal(table.abs().sum(1) > 0, seen)
+    longest = int((ids == tokenizer.end_id).int().argmax(1).max()) + 1
+    positions = tower.text_model.embeddings.position_embedding.weight
+    assert torch.equal(positions.abs().sum(1) > 0, torch.arange(77) < longest)
+
+    with torch.no_grad():  # the penultimate layer through the last norm
+        x = clip.token_embedding(ids[:, :longest]) + clip.positional_embedding
+        hidden = clip.transformer.resblocks[0](x, attn_mask=clip.attn_mask)
+        torch.testing.assert_close(tower(ids[:, :longest]), clip.ln_final(hidden), atol=1e-5, rtol=1e-5)
+
+
+def test_unet_writes_a_model_that_renders(trained_unet: Path, data_folder: Path) -> None:
+    assert [line["step"] for line in log_of(trained_unet)] == [1, 2]
+    with Image.open(trained_unet / "samples" / "00000002.png") as sheet:
+        assert sheet.width > 8 * 32
+    assert len(list(trained_unet.glob("latents-*.pt"))) == 1
+
+    pipe = TextToImagePipeline.from_pretrained(trained_unet / "model", device="cpu", dtype="float32")
+    (image,) = pipe("a red house", seed=0).images
+    assert image.size == (32, 32)
+    assert image.tobytes() == pipe("a red house", seed=0).images[0].tobytes()
+    assert pipe.schedule.zero_terminal_snr
+
+    settings = json.loads((trained_unet / "model" / "ldm.json").read_text())
+    assert (settings["steps"], settings["guidance"]) == (2, 2.0)
+    captions = [json.loads(line)["text"] for line in (data_folder / "metadata.jsonl").read_text().splitlines()]
+    assert settings["words"] == sorted({word for caption in captions for word in caption.replace(",", "").split()})
+
+
+@pytest.mark.parametrize("train_text_encoder", [True, False])
+def test_unet_goes_on_from_another(
+    train_text_encoder: bool, trained_unet: Path, trained_clip: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """At a learning rate of next to nothing the weights are those of the model that it starts from."""
+    out = tmp_path / "out"
+    config = unet_config(
+        out,
+        data_folder,
+        trained_unet,
+        trained_clip,
+        loop=loop_config(out, steps=1, learning_rate=1e-12),
+        init=str(trained_unet / "model"),
+        train_text_encoder=train_text_encoder,
+    )
+    train_unet.train(config)
+    for part in ("unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"):
+        before, after = (load_file(run / "model" / f"{part}.safetensors") for run in (trained_unet, out))
+        assert before.keys() == after.keys()
+        assert all(torch.allclose(before[name].float(), after[name].float(), atol=1e-6) for name in before)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_text_encoder_learns_only_if_asked(
+    trained: bool, trained_autoencoder: Path, trained_clip: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    config = unet_config(
+        tmp_path,
+        data_folder,
+        trained_autoencoder,
+        trained_clip,
+        loop=loop_config(tmp_path, steps=5, learning_rate=0.01),
+        train_text_encoder=trained,
+    )
+    train_unet.train(config)
+    file = "model/text_encoder/model.safetensors"
+    before, after = load_file(trained_clip / file), load_file(tmp_path / file)
+    assert same({name: tensor.half() for name, tensor in before.items()}, after) != trained
+
+
+@pytest.mark.parametrize("script", [train_autoencoder, train_clip, train_unet])
+def test_a_missing_folder_is_one_line(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data.path", str(tmp_path / "nowhere"), "--loop.out", str(tmp_path / "out")]
+    arguments += ["--loop.mixed_precision", "no"]
+    if script is train_unet:
+        arguments += ["--autoencoder", str(tmp_path / "nowhere"), "--text_encoder", str(tmp_path / "nowhere")]
+    monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert stopped.value.code == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert "nowhere" in error[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "config_class"),
+    [("autoencoder", AutoencoderTrainingConfig), ("clip", ClipTrainingConfig), ("unet", UNetTrainingConfig)],
+)
+def test_presets_are_valid(stage: str, config_class: Any) -> None:
+    preset = Path(train_unet.__file__).parent / "configs" / f"picturebook_{stage}.yaml"
+    config = parse_config(config_class, "", ["--config", str(preset), "--loop.out", "elsewhere"])
+    assert isinstance(config, config_class)
+    assert (config.data.path, config.loop.out) == ("runs/picturebook", "elsewhere")
