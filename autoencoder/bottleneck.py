@@ -1,5 +1,4 @@
-"""What lies between encoder and decoder: a diagonal Gaussian per latent, pulled towards N(0, 1) (Kingma & Welling
-2013)."""
+"""Between encoder and decoder: a diagonal Gaussian per latent, pulled towards N(0, 1) (Kingma and Welling 2013)."""
 
 from dataclasses import dataclass
 
@@ -32,8 +31,10 @@ class DiagonalGaussian:
 
 
 def unit_noise(like: Tensor, generator: Generators) -> Tensor:
-    """Unit noise of a posterior's shape, drawn in float32 on the CPU: one generator for all, or one for each
-    picture."""
+    """Unit noise of a posterior's shape, drawn in float32 on the CPU, from one generator or one for each picture.
+
+    Raises ValueError if there are not as many generators as pictures.
+    """
     if isinstance(generator, torch.Generator):
         noise = torch.randn(like.shape, generator=generator)
     elif len(generator) == len(like):

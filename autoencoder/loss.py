@@ -8,8 +8,7 @@ SQUARED = 5.0  # errors above 1 / SQUARED weigh more than in proportion: edges a
 
 
 def reconstruction_loss(images: Tensor, reconstruction: Tensor) -> Tensor:
-    """|x - x'| + 5 (x - x')^2 per value, averaged: the first keeps edges sharp, the second is what PSNR measures.
-    Scalar."""
+    """|x - x'| + 5 (x - x')^2, averaged to a scalar: the first keeps edges sharp, the second is what PSNR measures."""
     difference = images - reconstruction
     return (difference.abs() + SQUARED * difference**2).mean()
 

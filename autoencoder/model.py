@@ -1,5 +1,4 @@
-"""The KL autoencoder of latent diffusion (Rombach et al. 2022, appendix G.1), with the published folder's parameter
-names.
+"""The KL autoencoder of latent diffusion (Rombach et al. 2022, appendix G.1), parameters named as published.
 
 images [B,3,H,W] in [-1,1] -> latents [B,C,H/f,W/f] -> images, f = 2 ** (levels - 1).
 """
@@ -124,8 +123,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then the step to the next; `downsamplers` or `upsamplers` is that step's
-    published name."""
+    """Residual blocks at one resolution, then the step to the next, published as `downsamplers` or `upsamplers`."""
 
     def __init__(
         self, in_channels: int, out_channels: int, layers: int, groups: int, resample: tuple[str, nn.Module] | None
@@ -205,8 +203,7 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def from_diffusers_config(cls, config: Mapping[str, Any]) -> "Autoencoder":
-        """Build from the `vae/config.json` of a model folder. Raises ValueError that names the first unsupported
-        field."""
+        """Build from the contents of a `vae/config.json`. Raises ValueError, one line, if it is not supported."""
         try:
             return cls(AutoencoderConfig.model_validate({k: v for k, v in config.items() if not k.startswith("_")}))
         except ValidationError as error:
@@ -240,8 +237,7 @@ class Autoencoder(nn.Module):
         return out
 
     def forward(self, images: Tensor, eps: Tensor) -> tuple[Tensor, DiagonalGaussian]:
-        """Training: the reconstruction through a posterior sample drawn with unit noise eps [B,C,h,w], and the
-        posterior."""
+        """For training: the reconstruction through a posterior sample of unit noise eps [B,C,h,w], and the posterior."""
         posterior = self.posterior(images)
         return self.decoder(self.post_quant_conv(posterior.sample(eps))), posterior
 
@@ -253,7 +249,8 @@ class Autoencoder(nn.Module):
         `quant_conv`, and its inverse into the columns of `post_quant_conv`.
         """
         channels = len(mean)
-        assert self.quant_conv.bias is not None and self.post_quant_conv.bias is not None
+        assert self.quant_conv.bias is not None
+        assert self.post_quant_conv.bias is not None
         self.quant_conv.weight[:channels] /= std[:, None, None, None]
         self.quant_conv.bias[:channels] = (self.quant_conv.bias[:channels] - mean) / std
         self.quant_conv.bias[channels:] -= 2 * std.log()

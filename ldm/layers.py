@@ -74,8 +74,7 @@ SHORT = 2**14  # queries times keys below which the plain formula is the faster 
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v (arXiv 1706.03762, equation 1): q [B,heads,N,d], k and v [B,heads,L,d] ->
-    [B,heads,N,d].
+    """softmax(q k^T / sqrt(d)) v (arXiv 1706.03762, equation 1): q [B,H,N,d], k and v [B,H,L,d] -> [B,H,N,d].
 
     On a CPU the fused kernel's backward pass is 4 times slower than the plain formula's where sequences are short.
     """

@@ -2,10 +2,9 @@
 
     python scripts/evaluate.py [MODEL] [--prompts 500] [--guidance 3 1] [--json FILE] [--sheet FILE]
 
-Prompts are the captions of held-out scenes in order; picture i has seed i; nothing is chosen or tried twice. A
-picture is right
-if every attribute that its caption states is. Beside the score stand four controls of the judge, the autoencoder's
-reconstruction, and FID in the judge's feature space.
+Prompts are the captions of held-out scenes in order; picture i has seed i; nothing is chosen or tried twice. A picture
+is right if every attribute that its caption states is. Beside the score stand four controls of the judge, the
+autoencoder's reconstruction, and FID in the judge's feature space.
 """
 
 import argparse
@@ -47,8 +46,7 @@ def interval(values: Sequence[float]) -> list[float]:
 
 
 def accuracy(scores: Scores) -> dict[str, Any]:
-    """Share of pictures with every stated attribute right, and the shares per attribute and per number of
-    attributes."""
+    """Share of pictures with every stated attribute right; also per attribute, and per number of attributes."""
     right = [all(each.values()) for each in scores]
     attributes: dict[str, list[bool]] = defaultdict(list)
     numbers: dict[int, list[bool]] = defaultdict(list)

@@ -1,10 +1,10 @@
 """The judge: reads a picturebook picture back from its pixels and says which stated attributes are right.
 
-A small fully convolutional detector in the manner of CenterNet (Zhou et al. 2019, "Objects as Points"): on a grid of one
-cell per four pixels it predicts whether a thing's centre lies there, and that thing's kind, colour and size; the
-background
-comes from the mean over the grid. It is local and knows nothing of captions, so it cannot prefer familiar combinations,
-and where it finds nothing it answers nothing. `train_judge.py` made the weights beside this file; they are frozen.
+A small fully convolutional detector in the manner of CenterNet (Zhou et al. 2019, "Objects as Points"): on a grid of
+one cell per four pixels it predicts whether a thing's centre lies there, and that thing's kind, colour and size; the
+background comes from the mean over the grid. It is local and knows nothing of captions, so it cannot prefer familiar
+combinations, and where it finds nothing it answers nothing. `train_judge.py` made the weights beside this file; they
+are frozen.
 """
 
 from collections.abc import Mapping, Sequence
@@ -106,10 +106,8 @@ def load_judge() -> Judge:
     if not WEIGHTS.exists():
         raise FileNotFoundError(f"{WEIGHTS} is missing: train the judge with scripts/train_judge.py")
     judge = Judge()
-    judge.load_state_dict(
-        {name: tensor.float() for name, tensor in load_file(WEIGHTS).items() if tensor.is_floating_point()},
-        strict=False,
-    )
+    counters = {name: tensor for name, tensor in judge.state_dict().items() if not tensor.is_floating_point()}
+    judge.load_state_dict(counters | {name: tensor.float() for name, tensor in load_file(WEIGHTS).items()})
     return judge.eval()
 
 

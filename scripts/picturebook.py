@@ -15,7 +15,6 @@ import argparse
 import json
 import multiprocessing
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,8 @@ from pathlib import Path
 
 from picturebook_drawing import BACKGROUNDS, COLORS, THINGS, UNITS, draw_picture
 from PIL import Image
+
+from pipelines.errors import one_line_errors
 
 WORLD = "picturebook-1"  # part of every seed: scores of different worlds are not comparable
 KINDS = tuple(THINGS)
@@ -146,8 +147,7 @@ def _regions(rng: random.Random, relation: str) -> list[tuple[float, float, floa
 
 
 def _aligned(relation: str, groups: list[list[list[float]]]) -> bool:
-    """Whether two things are more beside (or above) each other than diagonal, so that one relation is the natural
-    one."""
+    """Whether two things are more beside (or above) each other than diagonal, so that one relation is natural."""
     centers = [[sum(box[i] + box[i + 2] for box in boxes) / (2 * len(boxes)) for i in (0, 1)] for boxes in groups]
     apart = [abs(a - b) for a, b in zip(*centers, strict=True)]
     return apart[0] > apart[1] if relation in ("left of", "right of") else apart[1] > apart[0]
@@ -254,9 +254,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="pixels, width and height")
     parser.add_argument("--split", choices=("train", "heldout"), default="train")
     args = parser.parse_args()
-    if args.count < 1 or args.size < 16:
-        sys.exit("error: --count must be at least 1 and --size at least 16")
-    write_folder(args.out, args.count, args.seed, args.split, args.size)
+    with one_line_errors():
+        if args.count < 1 or args.size < 16:
+            raise ValueError(f"count is {args.count} and size {args.size}; give at least 1 and 16")
+        write_folder(args.out, args.count, args.seed, args.split, args.size)
 
 
 if __name__ == "__main__":

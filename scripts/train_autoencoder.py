@@ -104,10 +104,10 @@ def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
 
 @torch.no_grad()
 def whiten(autoencoder: Autoencoder, images: CaptionedImages, count: int) -> tuple[Tensor, Tensor]:
-    """Measure the latents' mean and std per channel over `count` pictures and fold them in; returns both, before
-    folding."""
+    """Measure the latents' mean and std per channel over `count` pictures, fold them in and return them."""
     device = next(autoencoder.parameters()).device
-    sums, squares, number = torch.zeros(2, autoencoder.config.latent_channels, dtype=torch.float64).unbind() + (0,)
+    sums, squares = torch.zeros(2, autoencoder.config.latent_channels, dtype=torch.float64)
+    number = 0
     count = min(count, len(images))
     for start in range(0, count, 32):
         batch = images.images(start, min(start + 32, count)).to(device)
@@ -154,9 +154,8 @@ def train(config: AutoencoderTrainingConfig) -> None:
         finished: Autoencoder = ema.module
         mean, std = whiten(finished, images, 2000)
         save_part(Path(config.loop.out) / "model" / "vae", finished)
-        print(
-            f"latents before whitening: mean {[round(v, 3) for v in mean.tolist()]}, std {[round(v, 3) for v in std.tolist()]}"
-        )
+        measured = {"mean": mean.tolist(), "std": std.tolist()}
+        print("latents before whitening:", {name: [round(v, 3) for v in each] for name, each in measured.items()})
     accelerator.end_training()
 
 

@@ -2,10 +2,9 @@
 
     accelerate launch scripts/train_clip.py --config scripts/configs/picturebook_clip.yaml
 
-Writes `OUT/clip`, which open_clip loads as `local-dir:OUT/clip`, and `OUT/model/text_encoder` and
-`OUT/model/tokenizer` in the
-published layout: the tower without its last block, because a contrastive loss gives that block's outputs no gradient
-at any position but the end token. The same command again resumes.
+Writes `OUT/clip`, which open_clip loads as `local-dir:OUT/clip`, and `OUT/model/text_encoder` and `OUT/model/tokenizer`
+in the published layout: the tower without its last block, because a contrastive loss gives that block's outputs no
+gradient at any position but the end token. The same command again resumes.
 """
 
 import json

@@ -28,8 +28,7 @@ _INDEX = {word: i for words in (KINDS, COLORS, SIZES, BACKGROUNDS) for i, word i
 
 
 def targets(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:
-    """Heat map of centres [B,16,16] (Gaussian around each, 1 at it), class indices [B,3,16,16] (−1: no thing),
-    background [B]."""
+    """Heat map of centres [B,16,16]; kind, colour and size there [B,3,16,16], -1 for none; background [B]."""
     heat = torch.zeros(len(scenes), GRID, GRID)
     classes = torch.full((len(scenes), 3, GRID, GRID), -1)
     ys, xs = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")

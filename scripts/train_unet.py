@@ -2,8 +2,7 @@
 
     accelerate launch scripts/train_unet.py --config scripts/configs/picturebook_unet.yaml
 
-Needs an autoencoder (`train_autoencoder.py`) and a text encoder (`train_clip.py`), or the folder of a whole model for
-both.
+Needs an autoencoder (`train_autoencoder.py`) and a text encoder (`train_clip.py`), or a whole model's folder for both.
 Writes `OUT/model`, which `ldm render --model` and diffusers take. The same command again resumes; `--init FOLDER`
 starts from another model's U-Net and text encoder.
 """

@@ -1,9 +1,8 @@
 """Checkpoints that are never half-written, and exact resume.
 
-A checkpoint is a folder `step-00001000`. It is staged under a temporary name, every file is flushed to disk, a
-manifest with sizes
-and hashes is written last, the folder is renamed into place, and only then are old ones pruned. Losing power or being
-killed at any moment leaves the previous checkpoint intact.
+A checkpoint is a folder `step-00001000`. It is staged under a temporary name, every file is flushed to disk, a manifest
+with sizes and hashes is written last, the folder is renamed into place, and only then are old ones pruned. Losing power
+or being killed at any moment leaves the previous checkpoint intact.
 """
 
 import hashlib
@@ -47,8 +46,7 @@ def _commit(staging: Path, folder: Path, step: int) -> None:
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int) -> None:
-    """Save the state of all processes as `folder/step-...` and keep the newest `keep` checkpoints. All processes call
-    this."""
+    """Save all processes' state as `folder/step-...` and keep the newest `keep` of them. Every process calls this."""
     staging = folder / f".tmp-{step:08}"
     if accelerator.is_main_process:
         shutil.rmtree(staging, ignore_errors=True)
@@ -69,8 +67,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def verify(checkpoint: Path) -> int:
-    """The checkpoint's step, if every file is as it was written. Raises ValueError that names the first damaged
-    file."""
+    """The checkpoint's step. Raises ValueError that names the first file that is not as it was written."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
     except ValueError:

@@ -1,5 +1,4 @@
-"""`--config FILE.yaml --section.field value` for the training scripts; unknown fields are errors that name the
-field."""
+"""`--config FILE.yaml --section.field value` for the training scripts; an unknown field is an error that names it."""
 
 import re
 import sys

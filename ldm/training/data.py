@@ -1,5 +1,4 @@
-"""Captioned images from a folder, parquet, WebDataset tars or the hub, in an order that is a function of (seed,
-step)."""
+"""Captioned images from a folder, parquet, WebDataset tars or the hub, in an order that (seed, step) determines."""
 
 import io
 import os
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from pydantic import BaseModel, Field
@@ -36,8 +36,7 @@ class DataConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 def open_dataset(config: DataConfig) -> "datasets.Dataset":
-    """The dataset behind `config.path`, its images undecoded. The builder is named: no builder that unpickles is ever
-    chosen.
+    """The dataset behind `config.path`, its images undecoded. The builder is named: none that unpickles is chosen.
 
     Raises FileNotFoundError if the folder is missing or holds no images, ValueError if a column is missing.
     """
@@ -72,9 +71,16 @@ def open_dataset(config: DataConfig) -> "datasets.Dataset":
 
 
 def decode_image(source: bytes | str, size: int) -> Tensor:
-    """A picture as float32 [3,size,size] in [-1,1]: EXIF rotation applied, transparency on white, middle square."""
+    """A picture as float32 [3,size,size] in [-1,1]: EXIF rotation applied, transparency on white, middle square.
+
+    Raises OSError for what is no picture, ValueError for pixels without a known range (32-bit integers, floats).
+    """
     image: Image.Image = Image.open(source if isinstance(source, str) else io.BytesIO(source))
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow's own conversion saturates
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of mode {image.mode}, whose range is unknown: save it with 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -129,7 +135,7 @@ class CaptionedImages(CaptionedDataset):
         source = row[self.config.image_column]
         try:
             image = decode_image(source["bytes"] or source["path"], self.config.size)
-        except (OSError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(
                 f"row {index} ({source['path']}) of {self.config.path} is no readable image: {error}"
             ) from None

@@ -1,7 +1,7 @@
 """The loop that every training script drives: resume, order, learning rate, EMA, logs, checkpoints, hooks.
 
-A script gives `fit` one function, `train_step(batch) -> {name: scalar}`, that does forward, backward and optimizer
-steps itself.
+A script gives `fit` one function, `train_step(batch) -> {name: scalar}`, that does forward, backward and the
+optimizer's step itself.
 """
 
 import json
@@ -83,8 +83,7 @@ def make_optimizer(model: nn.Module, config: LoopConfig) -> torch.optim.Optimize
 
 
 def make_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights, fp32, whose memory grows from short to `decay` as training goes
-    on."""
+    """An exponential moving average of the weights in float32; its memory grows to `decay` as training goes on."""
 
     @torch.no_grad()
     def average(averages: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
@@ -110,8 +109,7 @@ class Training:
 
 
 def apply_gradients(training: Training, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Clip and step, at the end of an accumulation; a step whose gradient is not finite is skipped. Returns the
-    gradient's norm."""
+    """At the end of an accumulation, clip and step, unless the gradient is not finite. Returns the gradient's norm."""
     accelerator = training.accelerator
     if not accelerator.sync_gradients:
         return torch.zeros(())
@@ -176,8 +174,7 @@ def _agree_to_stop(training: Training, deadline: float) -> bool:
 
 
 def fit(training: Training) -> int:
-    """Train from the newest checkpoint (or from the start) to `steps`, or until `minutes` are over. Returns the step
-    reached.
+    """Train from the newest checkpoint, or the start, to `steps` or until `minutes` are over. Returns the step reached.
 
     Raises ValueError if the gradient was not finite for ten steps in a row.
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -147,6 +148,8 @@ def test_values_and_modes() -> None:
     assert decoded.dtype == torch.float32
     assert torch.equal(decoded, torch.full((3, 8, 8), 51 / 127.5 - 1))
     assert decode_image(encode(Image.new("1", (8, 8), 1)), 8).min() == 1
+    deep = Image.fromarray(np.full((8, 8), 51 * 257, dtype=np.uint16))
+    assert torch.equal(decode_image(encode(deep), 8), torch.full((3, 8, 8), 51 / 127.5 - 1))
     assert color_at(decode_image(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), 8), 4, 4)[0] > 200
 
 
@@ -239,3 +242,8 @@ def test_an_unreadable_picture_is_named(tmp_path: Path, content: bytes | None) -
 def test_length_is_the_subclass_s_own() -> None:
     with pytest.raises(NotImplementedError):
         len(CaptionedDataset())
+
+
+def test_pixels_of_unknown_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="mode F"):
+        decode_image(encode(Image.new("F", (8, 8), 0.5), "TIFF"), 8)
