@@ -237,7 +237,7 @@ class Autoencoder(nn.Module):
         return out
 
     def forward(self, images: Tensor, eps: Tensor) -> tuple[Tensor, DiagonalGaussian]:
-        """For training: the reconstruction through a posterior sample of unit noise eps [B,C,h,w], and the posterior."""
+        """For training: the reconstruction through a posterior sample of unit noise eps [B,C,h,w]; the posterior."""
         posterior = self.posterior(images)
         return self.decoder(self.post_quant_conv(posterior.sample(eps))), posterior
 

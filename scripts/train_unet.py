@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, Field
+from safetensors.torch import load_file, save_file
 from sheet import write_sheet
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -100,19 +101,19 @@ def encode_all(images: CaptionedImages, folder: Path, device: torch.device) -> T
             [posterior.mean.float() * scale, posterior.logvar.float() + 2 * torch.tensor(scale).log()], 1
         )
         moments.append(scaled.half().cpu())
-    return torch.cat(moments)
+    return torch.cat(moments).contiguous()
 
 
 def cached_latents(images: CaptionedImages, vae: Path, cache: Path, device: torch.device) -> Tensor:
     """`encode_all`, kept in a file named by the autoencoder's weights, the data and their fingerprint."""
     weights = (vae / "diffusion_pytorch_model.safetensors").read_bytes()
     key = f"{hashlib.sha256(weights).hexdigest()}/{images.config.path}/{images.config.size}/{images.rows._fingerprint}"
-    file = cache / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    file = cache / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     if not file.exists():
         staged = file.with_suffix(".tmp")
-        torch.save(encode_all(images, vae, device), staged)
+        save_file({"moments": encode_all(images, vae, device)}, staged)
         staged.rename(file)
-    return torch.load(file, mmap=True, weights_only=True)
+    return load_file(file)["moments"]
 
 
 def train(config: UNetTrainingConfig) -> None:

@@ -191,7 +191,7 @@ def test_unet_writes_a_model_that_renders(trained_unet: Path, data_folder: Path)
     assert [line["step"] for line in log_of(trained_unet)] == [1, 2]
     with Image.open(trained_unet / "samples" / "00000002.png") as sheet:
         assert sheet.width > 8 * 32
-    assert len(list(trained_unet.glob("latents-*.pt"))) == 1
+    assert len(list(trained_unet.glob("latents-*.safetensors"))) == 1
 
     pipe = TextToImagePipeline.from_pretrained(trained_unet / "model", device="cpu", dtype="float32")
     (image,) = pipe("a red house", seed=0).images
