@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from autoencoder.bottleneck import DiagonalGaussian, Generators, unit_noise
@@ -203,15 +203,11 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def from_diffusers_config(cls, config: Mapping[str, Any]) -> "Autoencoder":
-        """Build from the contents of a `vae/config.json`. Raises ValueError, one line, if it is not supported."""
-        try:
-            return cls(AutoencoderConfig.model_validate({k: v for k, v in config.items() if not k.startswith("_")}))
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            raise ValueError(
-                f"autoencoder config: {field or 'fields'}: {first['msg']} (found {first['input']!r:.100})"
-            ) from None
+        """Build from the contents of a `vae/config.json`.
+
+        Raises `pydantic.ValidationError`, a `ValueError` that names each key whose value is not supported.
+        """
+        return cls(AutoencoderConfig.model_validate(config))
 
     @property
     def downsampling_factor(self) -> int:

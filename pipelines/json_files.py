@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from pipelines.errors import notice
 
@@ -40,9 +40,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def naming_file(path: Path, make: Callable[[], MadeT]) -> MadeT:
-    """What `make` makes; its ValueError gets the file's name in front."""
+    """What `make` makes; its ValueError becomes one line with the file's name in front."""
     try:
         return make()
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_first_fault(error)}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -51,3 +53,14 @@ def name_unknown_keys(path: Path, content: Mapping[str, Any], known: type[BaseMo
     """Says in one notice which keys are not read; those that begin with `_` are nobody's business."""
     if unknown := [key for key in content if not key.startswith("_") and key not in known.model_fields]:
         notice(f"{path}: unknown keys are ignored: {', '.join(unknown)}")
+
+
+def _first_fault(error: ValidationError) -> str:
+    """The first of pydantic's complaints as `key is value, but only ... is supported`."""
+    fault = error.errors(include_url=False)[0]
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
+    key = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("literal"))
+    if fault["type"] == "literal_error":
+        return f"{key} is {fault['input']!r}, but only {fault['ctx']['expected']} is supported"
+    return f"{key} is {fault['input']!r}: {fault['msg'].lower()}"

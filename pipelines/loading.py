@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from autoencoder import Autoencoder
 from ldm.unet import UNet
 from pipelines.json_files import name_unknown_keys, naming_file, read_json, write_json
-from pipelines.scheduler_config import SchedulerConfig, one_fault
+from pipelines.scheduler_config import SchedulerConfig
 from pipelines.settings import Settings
 from pipelines.weights import WithoutInitialValues, fill, find_weights, read_weights, with_current_attention_keys
 from text_encoder import TextEncoder, Tokenizer
@@ -131,10 +130,7 @@ def load_settings(folder: str | os.PathLike[str]) -> Settings:
     if not path.exists():
         return Settings()
     content = read_json(path)
-    try:
-        made = Settings(**content)
-    except ValidationError as error:
-        raise ValueError(f"{path}: {one_fault(error)}") from None
+    made = naming_file(path, lambda: Settings.model_validate(content))
     name_unknown_keys(path, content, Settings)
     return made
 

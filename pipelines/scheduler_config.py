@@ -1,9 +1,9 @@
 """`scheduler/scheduler_config.json`: the forward process and the time grid that a folder was made for."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from ldm.prediction import PREDICTIONS, Prediction
@@ -68,25 +68,25 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore"):
     flow_shift: Any = None
     time_shift_type: Any = None
 
+    @model_validator(mode="after")
+    def _check_betas(self) -> Self:
+        if self.beta_end < self.beta_start:
+            raise ValueError(f"beta_end {self.beta_end} is below beta_start {self.beta_start}")
+        return self
+
     @classmethod
-    def from_diffusers_config(cls, config: Mapping[str, Any]) -> "SchedulerConfig":
+    def from_diffusers_config(cls, config: Mapping[str, Any]) -> Self:
         """Reads a scheduler's dictionary, with the defaults of the class that it names.
 
         Raises:
-            ValueError: one line that names the key, its value and what is allowed.
+            pydantic.ValidationError: a ValueError that names each key whose value is not supported.
         """
         name = str(config.get("_class_name", ""))
         own_defaults = {
             "timestep_spacing": "leading" if name in LEADING_CLASSES else "linspace",
             "set_alpha_to_one": name != "PNDMScheduler",
         }
-        try:
-            made = cls(**{**own_defaults, **config})
-        except ValidationError as error:
-            raise ValueError(f"scheduler config: {one_fault(error)}") from None
-        if made.beta_end < made.beta_start:
-            raise ValueError(f"scheduler config: beta_end {made.beta_end} is below beta_start {made.beta_start}")
-        return made
+        return cls.model_validate({**own_defaults, **config})
 
     def to_diffusers_config(self) -> dict[str, Any]:
         """A DDIMScheduler's dictionary with every field of the process written out, `clip_sample: false` above all."""
@@ -137,10 +137,3 @@ _DDIM_FIELDS = (
     "sample_max_value",
     "dynamic_thresholding_ratio",
 )
-
-
-def one_fault(error: ValidationError) -> str:
-    """The first fault of a validation as `key is value, but ...` on one line."""
-    fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("literal"))
-    return f"{key} is {fault['input']!r}, but: {' '.join(fault['msg'].split())}"

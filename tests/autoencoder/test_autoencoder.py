@@ -148,10 +148,8 @@ def test_wrong_number_of_generators() -> None:
     ],
 )
 def test_unsupported_config(change: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=named) as raised:
+    with pytest.raises(ValueError, match=named):
         Autoencoder.from_diffusers_config({**small(2), **change})
-    assert str(raised.value).startswith("autoencoder config")
-    assert "\n" not in str(raised.value)
 
 
 def test_config_survives_its_own_json() -> None:

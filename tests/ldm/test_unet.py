@@ -179,7 +179,7 @@ def test_trains_from_scratch_under_autocast() -> None:
 
 
 def test_num_attention_heads_goes_before_the_misnamed_key() -> None:
-    config = UNetConfig.from_diffusers_config({**CONFIG, "attention_head_dim": 3, "num_attention_heads": [1, 2, 4]})
+    config = UNetConfig.model_validate({**CONFIG, "attention_head_dim": 3, "num_attention_heads": [1, 2, 4]})
     assert config.heads == (1, 2, 4)
 
 
@@ -192,12 +192,12 @@ def test_every_key_of_diffusers_is_known_with_the_same_default() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"act_fn": "mish"}, r"unet config: act_fn is 'mish', but only 'silu' or 'swish' is supported"),
-        ({"class_embed_type": "timestep"}, "class_embed_type is 'timestep', but only None is supported"),
-        ({"dropout": 0.1}, "dropout is 0.1, but only 0 is supported"),
-        ({"layers_per_block": [1, 2, 2]}, r"layers_per_block is \[1, 2, 2\]: input should be a valid integer"),
-        ({"in_channels": 0}, "in_channels is 0: input should be greater than or equal to 1"),
-        ({"down_block_types": ["DownBlock2D", "AttnDownBlock2D"]}, "down_block_types.1 is 'AttnDownBlock2D', but only"),
+        ({"act_fn": "mish"}, r"act_fn\n  Input should be 'silu' or 'swish'"),
+        ({"class_embed_type": "timestep"}, "class_embed_type\n  Input should be None"),
+        ({"dropout": 0.1}, "dropout\n  Input should be 0"),
+        ({"layers_per_block": [1, 2, 2]}, "layers_per_block\n  Input should be a valid integer"),
+        ({"in_channels": 0}, "in_channels\n  Input should be greater than or equal to 1"),
+        ({"down_block_types": ["DownBlock2D", "AttnDownBlock2D"]}, "down_block_types.1\n  Input should be"),
         ({"up_block_types": ["UpBlock2D"]}, "up_block_types has 1 entries, but block_out_channels has 3"),
         ({"attention_head_dim": [8, 8]}, "heads has 2 entries"),
         ({"norm_num_groups": 32}, "block_out_channels.0 is 16, no multiple of 32 groups"),
@@ -206,6 +206,5 @@ def test_every_key_of_diffusers_is_known_with_the_same_default() -> None:
     ],
 )
 def test_what_is_not_supported_is_named(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=message):
         UNet.from_diffusers_config({**CONFIG, **change})
-    assert "\n" not in str(caught.value)

@@ -106,6 +106,13 @@ def test_broken_json_is_named(folder: Path, name: str, content: bytes, fault: st
     assert fault in text
 
 
+def test_a_value_that_is_not_supported_is_one_line(folder: Path) -> None:
+    edit_json(folder / "unet/config.json", act_fn="mish")
+    assert refusal(folder).endswith("config.json: act_fn is 'mish', but only 'silu' or 'swish' is supported")
+    edit_json(folder / "unet/config.json", act_fn="silu", up_block_types=["UpBlock2D"])
+    assert refusal(folder).endswith("config.json: up_block_types has 1 entries, but block_out_channels has 2")
+
+
 def test_a_huge_json_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_files, "MAX_BYTES", 10)
     assert "too big" in refusal(folder)
