@@ -1,6 +1,6 @@
 """Measure a model in the picturebook world: does the picture show what the prompt says, read back from the pixels?
 
-    python scripts/evaluate.py [MODEL] [--prompts 500] [--guidance 3 1] [--json FILE] [--sheet FILE]
+    python scripts/evaluate.py [MODEL] [--prompts 500] [--guidance 3 1] [--json FILE] [--record] [--sheet FILE]
 
 Prompts are the captions of held-out scenes in order; picture i has seed i; nothing is chosen or tried twice. A picture
 is right if every attribute that its caption states is. Beside the score stand four controls of the judge, the
@@ -28,8 +28,9 @@ from tqdm import tqdm
 from autoencoder import Autoencoder
 from pipelines import TextToImagePipeline
 from pipelines.errors import one_line_errors
+from pipelines.json_files import write_json
 
-SEED = 2_000_001  # of the held-out scenes; no training data and no judge has it
+SEED = 2_000_001  # of the scenes that models are scored on; settings are chosen on other seeds
 RENDERED_AT_ONCE = 50
 Scores = list[dict[str, bool]]
 
@@ -128,17 +129,24 @@ def render(
 
 
 def evaluate(
-    pipe: TextToImagePipeline, count: int, steps: int | None, guidances: Sequence[float | None], sheet: Path | None
+    pipe: TextToImagePipeline,
+    count: int,
+    *,
+    seed: int = SEED,
+    steps: int | None = None,
+    guidances: Sequence[float | None] = (None,),
+    sheet: Path | None = None,
 ) -> dict[str, Any]:
+    """All figures of a model, from `count` held-out scenes of the world's `seed`; None is the model's own default."""
     judge = load_judge()
-    pairs = list(pictures(count, SEED, "heldout", UNITS))
+    pairs = list(pictures(count, seed, "heldout", UNITS))
     scenes, real = [scene for scene, _ in pairs], to_tensor([image for _, image in pairs])
     decoded = reconstruct(pipe.autoencoder, real)
     readings = read(judge, real)
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     result: dict[str, Any] = {
         "world": WORLD,
-        "seed": SEED,
+        "seed": seed,
         "pictures": count,
         "two things and a relation": round(float(np.mean([s.relation is not None for s in scenes])), 3),
         "controls": {
@@ -169,24 +177,36 @@ def evaluate(
     return result
 
 
+def record(pipe: TextToImagePipeline, result: dict[str, Any]) -> None:
+    """Write a result into the `scores` of the model's `ldm.json`."""
+    assert pipe.model.folder is not None
+    settings = pipe.settings.model_copy(update={"scores": result})
+    write_json(pipe.model.folder / "ldm.json", settings.model_dump(mode="json", exclude_none=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", nargs="?", help="model folder; by default the built-in model")
     parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=SEED, help="of the world; choose settings on another one")
     parser.add_argument("--steps", type=int, help="by default the model's own")
     parser.add_argument("--guidance", type=float, nargs="+", help="one or more scales; by default the model's own")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
+    parser.add_argument("--record", action="store_true", help="also write the result into the model's ldm.json")
     parser.add_argument("--sheet", type=Path, help="PNG with the first 24 pictures")
     args = parser.parse_args()
     with one_line_errors():
         if args.prompts < 4:
             raise ValueError(f"--prompts is {args.prompts}; give at least 4")
         pipe = TextToImagePipeline.from_pretrained(args.model, args.device, args.dtype)
-        result = evaluate(pipe, args.prompts, args.steps, args.guidance or [None], args.sheet)
+        guidances = args.guidance or [None]
+        result = evaluate(pipe, args.prompts, seed=args.seed, steps=args.steps, guidances=guidances, sheet=args.sheet)
         if args.json is not None:
             args.json.write_text(json.dumps(result, indent=2) + "\n")
+        if args.record:
+            record(pipe, result)
         print(json.dumps(result, indent=2))
 
 
