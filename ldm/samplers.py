@@ -91,7 +91,7 @@ def sample_ddim(
         (alpha, sigma), (alpha_next, sigma_next) = before, after
         std = eta * sigma_next / sigma * math.sqrt(1 - (alpha / alpha_next) ** 2)
         # x' = alpha' x0 + direction eps + std noise, with eps = (x - alpha x0) / sigma.
-        direction = math.sqrt(max(sigma_next**2 - std**2, 0.0))
+        direction = math.sqrt(sigma_next**2 - std**2)
         return alpha_next - direction * alpha / sigma, direction / sigma, std
 
     return _walk(denoise, x, schedule, timesteps, implicit, randn, on_step)

@@ -130,7 +130,8 @@ def train(config: UNetTrainingConfig) -> None:
     network = Conditioned(unet, load_text_encoder(text / "text_encoder").float())
     network.text_encoder.requires_grad_(config.train_text_encoder)
     network.to(memory_format=torch.channels_last)
-    ema = make_ema(network, config.loop.ema_decay).to(accelerator.device)
+    learning = [network.unet, network.text_encoder] if config.train_text_encoder else [network.unet]
+    averaged = [(make_ema(part, config.loop.ema_decay).to(accelerator.device), part) for part in learning]
     optimizer = make_optimizer(network, config.loop)
     model, optimizer = accelerator.prepare(network, optimizer)
     schedule, prediction = config.scheduler.make_schedule(), config.scheduler.prediction
@@ -154,12 +155,11 @@ def train(config: UNetTrainingConfig) -> None:
         return {"loss": losses.mean().detach(), "gradient_norm": norm}
 
     def finished_model() -> Model:
-        averaged: Conditioned = ema.module
         words = tuple(sorted(set().union(*map(words_in, set(dataset.captions)))))
         return Model(
-            unet=averaged.unet,
+            unet=averaged[0][0].module,
             autoencoder=load_autoencoder(vae),
-            text_encoder=averaged.text_encoder,
+            text_encoder=averaged[1][0].module if config.train_text_encoder else network.text_encoder,
             tokenizer=tokenizer,
             tokenizer_folder=text / "tokenizer",
             scheduler=config.scheduler,
@@ -172,8 +172,7 @@ def train(config: UNetTrainingConfig) -> None:
         chosen = dataset.captions[:16]
         write_sheet(file, pipe(chosen, seed=0).images, columns=8)
 
-    training = Training(accelerator, config.loop, dataset, [optimizer], train_step, on_sample=sheet)
-    training.averaged.append((ema, model))
+    training = Training(accelerator, config.loop, dataset, [optimizer], train_step, averaged, on_sample=sheet)
     fit(training)
     if accelerator.is_main_process:
         save_model(out / "model", finished_model(), torch.float16)

@@ -66,6 +66,19 @@ class Embeddings(nn.Module):
         return out
 
 
+def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v (arXiv 1706.03762, equation 1) over earlier positions and one's own: all [B,H,L,d].
+
+    On a CPU the fused kernel's backward pass is 4 times slower than the plain formula's for a prompt's few tokens.
+    """
+    if q.requires_grad and q.device.type == "cpu":
+        later = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).triu(1)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        out: Tensor = scores.masked_fill(later, -torch.inf).softmax(-1) @ v
+        return out
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 class CausalAttention(nn.Module):
     """Multi-head self-attention in which no position sees a later one: [B,L,D] -> [B,L,D]."""
 
@@ -78,7 +91,7 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2) for tokens in projected)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = attend_causally(q, k, v)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return out
 

@@ -79,7 +79,9 @@ def make_optimizer(model: nn.Module, config: LoopConfig) -> torch.optim.Optimize
         {"params": [p for p in model.parameters() if p.requires_grad and p.ndim > 1]},
         {"params": [p for p in model.parameters() if p.requires_grad and p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99))
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
+    )
 
 
 def make_ema(model: nn.Module, decay: float) -> AveragedModel:
