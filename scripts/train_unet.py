@@ -116,6 +116,19 @@ def cached_latents(images: CaptionedImages, vae: Path, cache: Path, device: torc
     return load_file(file)["moments"]
 
 
+def draw(batch: Batch, times: int, seed: int, caption_dropout: float) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """All that is random in a step: latents x0 from their posteriors, noise eps, times t [B], and captions or ""."""
+    step, positions = batch.step, batch.positions
+    posterior = DiagonalGaussian.from_moments(batch.inputs)
+    shape = posterior.mean.shape[1:]
+    x0 = posterior.sample(randomness.normal(shape, seed, "posterior", step, positions))
+    eps = randomness.normal(shape, seed, "noise", step, positions)
+    t = randomness.timesteps(times, seed, step, positions)
+    dropped = randomness.uniform(seed, "caption", step, positions) < caption_dropout
+    captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped, strict=True)]
+    return x0, eps, t, captions
+
+
 def train(config: UNetTrainingConfig) -> None:
     accelerator = make_accelerator(config.loop)
     out = Path(config.loop.out)
@@ -135,17 +148,9 @@ def train(config: UNetTrainingConfig) -> None:
     optimizer = make_optimizer(network, config.loop)
     model, optimizer = accelerator.prepare(network, optimizer)
     schedule, prediction = config.scheduler.make_schedule(), config.scheduler.prediction
-    seed = config.loop.seed
 
     def train_step(batch: Batch) -> dict[str, Tensor]:
-        step, positions = batch.step, batch.positions
-        posterior = DiagonalGaussian.from_moments(batch.inputs)
-        shape = posterior.mean.shape[1:]
-        x0 = posterior.sample(randomness.normal(shape, seed, "posterior", step, positions))
-        eps = randomness.normal(shape, seed, "noise", step, positions)
-        t = randomness.timesteps(schedule.steps, seed, step, positions)
-        dropped = randomness.uniform(seed, "caption", step, positions) < config.objective.caption_dropout
-        captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped, strict=True)]
+        x0, eps, t, captions = draw(batch, schedule.steps, config.loop.seed, config.objective.caption_dropout)
         x0, eps, t, ids = (v.to(accelerator.device) for v in (x0, eps, t, tokenizer(captions).ids))
         x0 = x0.contiguous(memory_format=torch.channels_last)
         with accelerator.accumulate(model):
