@@ -73,5 +73,6 @@ def test_the_default_model_draws_what_it_is_told(tmp_path: Path) -> None:
     assert result["controls"]["reconstructions"] >= 0.9
     assert result["controls"]["another picture's caption"] == 0
     assert result["controls"]["noise"] == 0
-    assert result["guidance 3"]["accuracy"] >= 0.25  # far above chance; the model card has the measured score
+    # Chance is 1 in 8. The model card has the measured scores.
+    assert result["guidance 3"]["per attribute"]["background"] >= 0.5
     assert sheet.exists()
