@@ -6,11 +6,12 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from pipelines.text_to_image import to_pil
+
 
 def to_images(images: Tensor) -> list[Image.Image]:
     """images [B,3,H,W] in [-1,1] -> RGB pictures, clamped and rounded to 8 bits."""
-    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(array) for array in pixels]
+    return to_pil((images.float() / 2 + 0.5).clamp(0, 1))
 
 
 def write_sheet(file: Path, images: Sequence[Image.Image], columns: int, scale: int = 2) -> None:
