@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ldm import prediction as predictions
 from ldm.prediction import Prediction
-from ldm.schedule import NoiseSchedule
+from ldm.schedule import ForwardProcess
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t [B, ...], t [B], context [B, L, D]) -> output, like x_t."""
@@ -36,7 +36,7 @@ class ConditionalDenoiser:
     """
 
     network: Network
-    schedule: NoiseSchedule
+    schedule: ForwardProcess
     prediction: Prediction
 
     def __post_init__(self) -> None:
@@ -45,16 +45,27 @@ class ConditionalDenoiser:
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor) -> Estimate:
         """Run the network, in its own dtype and on its own device, on x_t [B, ...], t ([B] or 0-d), context [B, L, D].
 
-        The estimate is float32, or x_t's wider dtype, on x_t's device.
+        The estimate is float32, or x_t's wider dtype, on x_t's device. Where the network has twice the channels of x_t,
+        the second half is a learned variance and passed on as `v`.
 
         Raises:
-            ValueError: t out of the schedule's range.
+            ValueError: t out of the schedule's range, or shapes of context or output that do not fit x_t's.
         """
+        if len(context) != len(x_t):
+            raise ValueError(f"context has a batch of {len(context)}, but x_t one of {len(x_t)}: give one each")
         like = _first_parameter(self.network)
         if like is None:
             like = x_t
-        output = self.network(x_t.to(like), t.to(like.device).expand(len(x_t)), context.to(like))
-        return Estimate(self.to_x0(output.to(x_t.device), x_t, t))
+        output = self.network(x_t.to(like), t.to(like.device).expand(len(x_t)), context.to(like)).to(x_t.device)
+        v = None
+        if output.shape[1] == 2 * x_t.shape[1]:
+            output, v = output.chunk(2, dim=1)
+            v = v.to(torch.promote_types(x_t.dtype, torch.float32))
+        if output.shape != x_t.shape:
+            raise ValueError(
+                f"the network's output is {tuple(output.shape)}, which does not fit x_t {tuple(x_t.shape)}"
+            )
+        return Estimate(self.to_x0(output, x_t, t), v)
 
     def to_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The estimate of x0 that the network's `output` at x_t stands for; float32 or x_t's wider dtype.
@@ -75,7 +86,7 @@ class ConditionalDenoiser:
         return predictions.from_x0(self.prediction, x0.to(alpha.dtype), x_t.to(alpha.dtype), alpha, sigma)
 
 
-def make_denoiser(network: Network, schedule: NoiseSchedule, prediction: Prediction) -> ConditionalDenoiser:
+def make_denoiser(network: Network, schedule: ForwardProcess, prediction: Prediction) -> ConditionalDenoiser:
     """The denoiser (x_t, t, context) -> Estimate of a network that was trained on `schedule` to predict `prediction`.
 
     Raises:

@@ -5,7 +5,7 @@ from torch import Tensor
 from ldm import prediction as predictions
 from ldm.denoiser import Network
 from ldm.prediction import Prediction
-from ldm.schedule import NoiseSchedule
+from ldm.schedule import ForwardProcess
 
 
 def diffusion_loss(
@@ -14,7 +14,7 @@ def diffusion_loss(
     eps: Tensor,
     t: Tensor,
     context: Tensor,
-    schedule: NoiseSchedule,
+    schedule: ForwardProcess,
     prediction: Prediction,
     min_snr_gamma: float | None = None,
 ) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ldm.denoiser import Denoiser
-from ldm.schedule import NoiseSchedule
+from ldm.schedule import ForwardProcess
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ StepRule = Callable[[NoiseLevel, NoiseLevel], tuple[float, float, float]]
 def sample_ddpm(
     denoise: Denoiser,
     x: Tensor,
-    schedule: NoiseSchedule,
+    schedule: ForwardProcess,
     timesteps: Tensor,
     *,
     randn: Randn | None = None,
@@ -72,7 +72,7 @@ def sample_ddpm(
 def sample_ddim(
     denoise: Denoiser,
     x: Tensor,
-    schedule: NoiseSchedule,
+    schedule: ForwardProcess,
     timesteps: Tensor,
     *,
     eta: float = 0.0,
@@ -105,7 +105,7 @@ SAMPLERS: Mapping[str, Callable[..., Tensor]] = MappingProxyType({"ddim": sample
 def _walk(
     denoise: Denoiser,
     x: Tensor,
-    schedule: NoiseSchedule,
+    schedule: ForwardProcess,
     timesteps: Tensor,
     rule: StepRule,
     randn: Randn | None,

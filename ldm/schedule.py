@@ -1,20 +1,114 @@
 """The forward process: how much of the clean signal is left at each time, and which times a sampler visits.
 
-q(x_t | x0) = N(alpha_t x0, sigma_t^2) with alpha^2 + sigma^2 = 1. Time t runs from 0, the least noisy, to T - 1 (the
-papers' t minus one); -1 is clean: alpha 1, sigma 0.
+q(x_t | x0) = N(alpha_t x0, sigma_t^2) with alpha^2 + sigma^2 = 1. `NoiseSchedule` has T steps: t runs from 0, the least
+noisy, to T - 1 (the papers' t minus one), and -1 is clean: alpha 1, sigma 0. `VPSDE` is the same process in continuous
+time: t runs from 0, clean, to 1. Samplers, denoisers and losses take either.
 """
 
 import math
-from typing import Literal
+from abc import ABC, abstractmethod
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 ScheduleKind = Literal["linear", "scaled_linear", "cosine"]
-Spacing = Literal["leading", "trailing", "linspace"]
+Spacing = Literal["leading", "trailing", "linspace", "karras", "exponential"]
+SMALLEST_SIGNAL = 2.0**-24
+"""What alpha^2 is raised to where sigma / alpha must be finite: the smallest in use elsewhere (diffusers' too)."""
 
 
-class NoiseSchedule:
+class ForwardProcess(ABC):
+    """alpha and sigma over time, and what follows from them."""
+
+    clean: float
+    """The time at which alpha is 1."""
+    last: float
+    """The noisiest time."""
+
+    @abstractmethod
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) at times t, each float64, with t's shape and on its device.
+
+        Raises:
+            ValueError: t out of range. Checked on the CPU only: on an accelerator it would make the host wait.
+        """
+
+    @abstractmethod
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log(alpha^2 / sigma^2) at t: float64, t's shape and device; infinite where sigma or alpha is 0.
+
+        Raises:
+            ValueError: t out of range (on the CPU).
+        """
+
+    @abstractmethod
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        """The times at which the log-SNR is `log_snr`, the inverse of `log_snr()`: float64, its shape and device.
+
+        Raises:
+            ValueError: log-SNR below that of the noisiest time (on the CPU).
+        """
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether nothing of the signal is left at the noisiest time."""
+        return bool(self.at(torch.tensor(self.last, dtype=torch.float64))[0] == 0)
+
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) at t ([B] or 0-d), ready to multiply `like` [B, ...]: in float32 or its wider dtype.
+
+        Raises:
+            ValueError: t out of range, or neither one time nor one for each of `like`.
+        """
+        if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(like))):
+            raise ValueError(f"t has shape {tuple(t.shape)}: give one time, or one for each of {len(like)} samples")
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        alpha, sigma = self.at(t)
+        return alpha.to(like.device, dtype).reshape(shape), sigma.to(like.device, dtype).reshape(shape)
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Signal-to-noise ratio alpha^2 / sigma^2 at t: float64, t's shape and device; infinite at the clean time.
+
+        Raises:
+            ValueError: t out of range.
+        """
+        alpha, sigma = self.at(t)
+        return (alpha / sigma) ** 2
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha x0 + sigma eps (Ho et al. 2020, eq. 4), in the dtype of x0.
+
+        x0 and eps are [B, ...], t is [B] or 0-d.
+
+        Raises:
+            ValueError: t out of range, or x0, eps and t of shapes that do not fit.
+        """
+        if x0.shape != eps.shape:
+            raise ValueError(f"x0 is {tuple(x0.shape)} and eps {tuple(eps.shape)}: give both the same shape")
+        alpha, sigma = self.coefficients(t, like=x0)
+        return (alpha * x0 + sigma * eps).to(x0.dtype)
+
+    def _times_by_noise(self, n: int, spacing: Spacing, least_noisy: float) -> Tensor:
+        """n times from the noisiest down to `least_noisy`, spaced by sigma / alpha: float64 [n].
+
+        karras: evenly in its seventh root (Karras et al. 2022, eq. 5); exponential: evenly in its logarithm.
+        """
+        ends = torch.tensor([self.last, least_noisy], dtype=torch.float64)
+        most, least = (-self.log_snr(ends) / 2).clamp(max=-math.log(SMALLEST_SIGNAL) / 2)
+        ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+        match spacing:
+            case "karras":
+                log_noise = 7 * torch.lerp((most / 7).exp(), (least / 7).exp(), ramp).log()
+            case "exponential":
+                log_noise = torch.lerp(most, least, ramp)
+            case _:
+                raise ValueError(f"spacing is {spacing!r}, but must be one of {', '.join(get_args(Spacing))}")
+        return self.time_at(-2 * log_noise).clamp(least_noisy, self.last)
+
+
+class NoiseSchedule(ForwardProcess):
     """A variance-preserving noise schedule of T steps, tabulated in float64 on the CPU.
 
     Args:
@@ -28,6 +122,7 @@ class NoiseSchedule:
         ValueError: unknown kind, steps < 1, betas out of order, or zero terminal SNR with fewer than two steps.
     """
 
+    clean = -1.0
     alphas_cumprod: Tensor
     """alpha^2 at t = 0 ... T - 1: float64 [T], strictly decreasing."""
 
@@ -62,6 +157,7 @@ class NoiseSchedule:
 
     def _tabulate(self, alphas_cumprod: Tensor) -> None:
         self.alphas_cumprod = alphas_cumprod
+        self.last = len(alphas_cumprod) - 1.0
         # One leading entry for the clean end, so that time t is row t + 1.
         alpha_squared = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod])
         self._alphas = alpha_squared.sqrt()
@@ -72,11 +168,6 @@ class NoiseSchedule:
     def steps(self) -> int:
         """T, the number of times that a network is trained at."""
         return len(self.alphas_cumprod)
-
-    @property
-    def zero_terminal_snr(self) -> bool:
-        """Whether nothing of the signal is left at T - 1."""
-        return bool(self.alphas_cumprod[-1] == 0)
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) at times t, each float64, with t's shape and on its device.
@@ -89,11 +180,7 @@ class NoiseSchedule:
         Raises:
             ValueError: t out of range. Checked on the CPU only: on an accelerator it would make the host wait.
         """
-        if t.device.type == "cpu" and t.numel() > 0 and not (t.min() >= -1 and t.max() <= self.steps - 1):
-            raise ValueError(
-                f"t spans {t.min().item():g} to {t.max().item():g}, but this schedule has times -1 (clean) "
-                f"to {self.steps - 1}"
-            )
+        self._check_range(t)
         position = t.to(torch.float64) + 1
         lower = position.floor().long()
         alpha, sigma = self._alphas.to(t.device)[lower], self._sigmas.to(t.device)[lower]
@@ -106,6 +193,47 @@ class NoiseSchedule:
             torch.where(on_table, sigma, (-log_snr).sigmoid().sqrt()),
         )
 
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log(alpha^2 / sigma^2) at t in [-1, T - 1], interpolated as `at` does: float64, t's shape and device.
+
+        It is infinite at -1, and minus infinity at T - 1 under zero terminal SNR.
+
+        Raises:
+            ValueError: t out of range (on the CPU).
+        """
+        self._check_range(t)
+        position = t.to(torch.float64) + 1
+        lower = position.floor().long()
+        return torch.where(
+            position == lower, self._log_snr.to(t.device)[lower], self._interpolated_log_snr(position, lower)
+        )
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        """The times in [-1, T - 1] at which the log-SNR is `log_snr`, the inverse of `log_snr()`.
+
+        Raises:
+            ValueError: log-SNR below that of T - 1 (on the CPU).
+        """
+        table = self._log_snr.to(log_snr.device)
+        wanted = log_snr.to(torch.float64)
+        if wanted.device.type == "cpu" and wanted.numel() > 0 and wanted.min() < table[-1]:
+            raise ValueError(f"log-SNR {wanted.min().item():g} is below this schedule's last, {table[-1].item():g}")
+        # The wanted log-SNR lies between that of row `lower` and the next row's.
+        lower = (torch.searchsorted(-table, -wanted.contiguous(), right=True) - 1).clamp(0, len(table) - 2)
+        start, end = table[lower], table[lower + 1]
+        inside = (start - wanted) / (start - end)
+        next_to_clean = ((end - wanted) / 2).exp()
+        next_to_noise = -((wanted - start) / 2).expm1()
+        weight = torch.where(start.isinf(), next_to_clean, torch.where(end.isinf(), next_to_noise, inside))
+        return lower + weight - 1
+
+    def _check_range(self, t: Tensor) -> None:
+        if t.device.type == "cpu" and t.numel() > 0 and not (t.min() >= -1 and t.max() <= self.steps - 1):
+            raise ValueError(
+                f"t spans {t.min().item():g} to {t.max().item():g}, but this schedule has times -1 (clean) "
+                f"to {self.steps - 1}"
+            )
+
     def _interpolated_log_snr(self, position: Tensor, lower: Tensor) -> Tensor:
         table = self._log_snr.to(position.device)
         start, end = table[lower], table[position.ceil().long()]
@@ -115,42 +243,13 @@ class NoiseSchedule:
         next_to_noise = start + 2 * (-weight).log1p()
         return torch.where(start.isinf(), next_to_clean, torch.where(end.isinf(), next_to_noise, inside))
 
-    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha, sigma) at t ([B] or 0-d), ready to multiply `like` [B, ...]: in float32 or its wider dtype.
-
-        Raises:
-            ValueError: t out of range.
-        """
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        shape = (-1,) + (1,) * (like.ndim - 1)
-        alpha, sigma = self.at(t)
-        return alpha.to(like.device, dtype).reshape(shape), sigma.to(like.device, dtype).reshape(shape)
-
-    def snr(self, t: Tensor) -> Tensor:
-        """Signal-to-noise ratio alpha^2 / sigma^2 at t: float64, t's shape and device; infinite at -1.
-
-        Raises:
-            ValueError: t out of range.
-        """
-        alpha, sigma = self.at(t)
-        return (alpha / sigma) ** 2
-
-    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t = alpha x0 + sigma eps (Ho et al. 2020, eq. 4), in the dtype of x0.
-
-        x0 and eps are [B, ...], t is [B] or 0-d.
-
-        Raises:
-            ValueError: t out of range.
-        """
-        alpha, sigma = self.coefficients(t, like=x0)
-        return (alpha * x0 + sigma * eps).to(x0.dtype)
-
     def timesteps(self, n: int, spacing: Spacing, offset: int = 0, end: float = -1) -> Tensor:
         """A time grid: n times to run the network at, then `end`; float64 [n + 1], strictly decreasing.
 
-        The spacings are those of Lin et al. 2023, table 2. `offset` shifts "leading" only, which alone stops short
-        of T - 1. `end` is where sampling ends: -1 is clean, 0 stands for diffusers' `set_alpha_to_one: false`.
+        "leading", "trailing" and "linspace" are those of Lin et al. 2023, table 2; "karras" (Karras et al. 2022, eq. 5)
+        and "exponential" space sigma / alpha between its values at T - 1 and 0, by its seventh root and its logarithm.
+        `offset` shifts "leading" only, which alone stops short of T - 1. `end` is where sampling ends: -1 is clean, 0
+        stands for diffusers' `set_alpha_to_one: false`.
 
         Raises:
             ValueError: n < 1 or n > T, unknown spacing, a first time beyond T - 1, or an end that is below -1 or not
@@ -171,7 +270,7 @@ class NoiseSchedule:
                 stride = last / max(n - 1, 1)
                 times = [round(index * stride) for index in range(n)]
             case _:
-                raise ValueError(f"spacing is {spacing!r}, but must be 'leading', 'trailing' or 'linspace'")
+                times = self._times_by_noise(n, spacing, least_noisy=0.0).flip(0).tolist()
         if times[-1] > last:
             raise ValueError(f"offset {offset} puts the first of {n} times at {times[-1]}, but the last time is {last}")
         if not -1 <= end < times[0]:
@@ -179,6 +278,80 @@ class NoiseSchedule:
                 f"a grid that comes down to {times[0]} cannot end at {end}: choose an end from -1 to below that"
             )
         return torch.tensor([*reversed(times), end], dtype=torch.float64)
+
+
+class VPSDE(ForwardProcess):
+    """The variance-preserving SDE dx = -beta(t) x / 2 dt + sqrt(beta(t)) dw (Song et al. 2021, eqs. 11 and 29).
+
+    beta(t) rises linearly from `beta_min` at 0 (clean) to `beta_max` at 1, so that log alpha is
+    -(beta_max - beta_min) t^2 / 4 - beta_min t / 2. Networks get t in [0, 1].
+
+    Raises:
+        ValueError: unless 0 < beta_min <= beta_max.
+    """
+
+    clean = 0.0
+    last = 1.0
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        if not 0 < beta_min <= beta_max < math.inf:
+            raise ValueError(f"beta_min {beta_min} and beta_max {beta_max} must satisfy 0 < beta_min <= beta_max")
+        self.beta_min, self.beta_max = beta_min, beta_max
+
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) at t in [0, 1], each float64, with t's shape and on its device.
+
+        Raises:
+            ValueError: t out of range (on the CPU).
+        """
+        decay = self._decay(t)
+        return (-decay / 2).exp(), (-(-decay).expm1()).sqrt()
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log(alpha^2 / sigma^2) at t in [0, 1]: float64, t's shape and device; infinite at 0.
+
+        Raises:
+            ValueError: t out of range (on the CPU).
+        """
+        return -self._decay(t).expm1().log()
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        """The times in [0, 1] at which the log-SNR is `log_snr`: float64, its shape and device.
+
+        Raises:
+            ValueError: log-SNR below that of t = 1 (on the CPU).
+        """
+        decay = torch.nn.functional.softplus(-log_snr.to(torch.float64), threshold=50)
+        rise = self.beta_max - self.beta_min
+        t = 2 * decay / (self.beta_min + (self.beta_min**2 + 2 * rise * decay).sqrt())
+        if t.device.type == "cpu" and t.numel() > 0 and t.max() > 1 + 1e-12:
+            raise ValueError(f"log-SNR {log_snr.min().item():g} is below this process's last, at t = 1")
+        return t.clamp(max=1)
+
+    def timesteps(self, n: int, spacing: Spacing = "linspace", least_noisy: float = 1e-3) -> Tensor:
+        """A time grid: n times from 1 down to `least_noisy`, then 0: float64 [n + 1], strictly decreasing.
+
+        "linspace" spaces t evenly; "karras" and "exponential" space sigma / alpha, by its seventh root and logarithm.
+
+        Raises:
+            ValueError: n < 1, unknown spacing, or least_noisy outside (0, 1).
+        """
+        if n < 1:
+            raise ValueError(f"{n} steps asked: choose at least 1")
+        if not 0 < least_noisy < 1:
+            raise ValueError(f"least_noisy is {least_noisy}, but must be between 0 and 1")
+        if spacing == "linspace":
+            times = torch.linspace(1, least_noisy, n, dtype=torch.float64)
+        else:
+            times = self._times_by_noise(n, spacing, least_noisy)
+        return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
+
+    def _decay(self, t: Tensor) -> Tensor:
+        """-log alpha^2, the integral of beta from 0 to t."""
+        if t.device.type == "cpu" and t.numel() > 0 and not (t.min() >= 0 and t.max() <= 1):
+            raise ValueError(f"t spans {t.min().item():g} to {t.max().item():g}, but must be from 0 (clean) to 1")
+        t = t.to(torch.float64)
+        return self.beta_min * t + (self.beta_max - self.beta_min) / 2 * t**2
 
 
 def _betas(kind: ScheduleKind, steps: int, beta_start: float, beta_end: float) -> Tensor:

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "pipelines": {*PACKAGES},
     "scripts": {*PACKAGES, "scripts"},
 }
-PREDICTIONS = {"eps", "x0", "v", "epsilon", "v_prediction"}
+PREDICTIONS = {"eps", "x0", "v", "score", "epsilon", "v_prediction"}
 KNOW_PREDICTIONS = {"ldm/prediction.py", "pipelines/scheduler_config.py"}  # the second is a folder's config
 
 
