@@ -1,5 +1,6 @@
 """Pixels <-> latents, and the adversary that keeps the pixels sharp."""
 
+from autoencoder.identity import IdentityAutoencoder, IdentityAutoencoderConfig
 from autoencoder.model import Autoencoder, AutoencoderConfig
 
-__all__ = ["Autoencoder", "AutoencoderConfig"]
+__all__ = ["Autoencoder", "AutoencoderConfig", "IdentityAutoencoder", "IdentityAutoencoderConfig"]

@@ -8,10 +8,12 @@ starts from another model's U-Net and text encoder.
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from safetensors.torch import load_file, save_file
 from sheet import write_sheet
 from torch import Tensor, nn
@@ -31,6 +33,8 @@ from pipelines.runtime import pick_dtype, prepare
 from pipelines.scheduler_config import SchedulerConfig
 from pipelines.settings import Settings, words_in
 from text_encoder import TextEncoder, Tokenizer
+
+CONTEXT_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
@@ -54,20 +58,33 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
     settings: Settings = Settings()
     """Default steps and guidance of the model that is written."""
     train_text_encoder: bool = True
+    cache_contexts: bool = False
+    """Encode every distinct caption once, before training. Needs 77 x width numbers of memory each, and a text encoder
+    that does not train."""
     init: str | None = None
     """A model folder whose U-Net and text encoder to start from."""
 
+    @model_validator(mode="after")
+    def _check_cache(self) -> Self:
+        if self.cache_contexts and self.train_text_encoder:
+            raise ValueError("cache_contexts goes with train_text_encoder: false, or the contexts would be out of date")
+        return self
+
 
 class Conditioned(nn.Module):
-    """U-Net and text encoder as one network: (x_t [B,C,h,w], t [B], token ids [B,L]) -> output like x_t."""
+    """U-Net and text encoder as one network: (x_t [B,C,h,w], t [B], text) -> output like x_t.
+
+    The text is token ids [B,L], or the context [B,L,D] that they were encoded to beforehand.
+    """
 
     def __init__(self, unet: UNet, text_encoder: TextEncoder) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
 
-    def forward(self, x_t: Tensor, t: Tensor, token_ids: Tensor) -> Tensor:
-        output: Tensor = self.unet(x_t, t, self.text_encoder(token_ids))
+    def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        context = text if text.is_floating_point() else self.text_encoder(text)
+        output: Tensor = self.unet(x_t, t, context)
         return output
 
 
@@ -116,6 +133,20 @@ def cached_latents(images: CaptionedImages, vae: Path, cache: Path, device: torc
     return load_file(file)["moments"]
 
 
+class CachedContexts:
+    """captions -> contexts [B,L,D] on the CPU, of captions that were all encoded beforehand, and of ""."""
+
+    @torch.no_grad()
+    def __init__(self, encode: Callable[[list[str]], Tensor], captions: list[str]) -> None:
+        distinct = sorted({"", *captions})
+        self.row = {caption: row for row, caption in enumerate(distinct)}
+        starts = tqdm(range(0, len(distinct), 64), desc="encoding captions", unit="batch")
+        self.contexts = torch.cat([encode(distinct[start : start + 64]).cpu() for start in starts])
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        return self.contexts[[self.row[caption] for caption in captions]]
+
+
 def draw(batch: Batch, times: int, seed: int, caption_dropout: float) -> tuple[Tensor, Tensor, Tensor, list[str]]:
     """All that is random in a step: latents x0 from their posteriors, noise eps, times t [B], and captions or ""."""
     step, positions = batch.step, batch.positions
@@ -133,14 +164,14 @@ def train(config: UNetTrainingConfig) -> None:
     accelerator = make_accelerator(config.loop)
     out = Path(config.loop.out)
     vae = Path(config.autoencoder) / "vae"
-    text = Path(config.init or config.text_encoder)
-    tokenizer = Tokenizer.from_folder(text / "tokenizer")
+    text_folder = Path(config.init or config.text_encoder)
+    tokenizer = Tokenizer.from_folder(text_folder / "tokenizer")
     images = CaptionedImages(config.data, config.loop.seed)
     with accelerator.main_process_first():
         dataset = CaptionedLatents(cached_latents(images, vae, out, accelerator.device), images.captions())
     torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
     unet = UNet(config.model) if config.init is None else load_unet(Path(config.init) / "unet").float()
-    network = Conditioned(unet, load_text_encoder(text / "text_encoder").float())
+    network = Conditioned(unet, load_text_encoder(text_folder / "text_encoder").float())
     network.text_encoder.requires_grad_(config.train_text_encoder)
     network.to(memory_format=torch.channels_last)
     learning = [network.unet, network.text_encoder] if config.train_text_encoder else [network.unet]
@@ -149,12 +180,23 @@ def train(config: UNetTrainingConfig) -> None:
     model, optimizer = accelerator.prepare(network, optimizer)
     schedule, prediction = config.scheduler.make_schedule(), config.scheduler.prediction
 
+    def token_ids(captions: list[str]) -> Tensor:
+        return tokenizer(captions).ids
+
+    def context(captions: list[str]) -> Tensor:
+        """In the dtype that the U-Net is about to multiply it in, so that nothing is lost by the cache."""
+        with accelerator.autocast():
+            encoded: Tensor = network.text_encoder(token_ids(captions).to(accelerator.device))
+        return encoded.to(CONTEXT_DTYPES[config.loop.mixed_precision])
+
+    text_of = CachedContexts(context, dataset.captions) if config.cache_contexts else token_ids
+
     def train_step(batch: Batch) -> dict[str, Tensor]:
         x0, eps, t, captions = draw(batch, schedule.steps, config.loop.seed, config.objective.caption_dropout)
-        x0, eps, t, ids = (v.to(accelerator.device) for v in (x0, eps, t, tokenizer(captions).ids))
+        x0, eps, t, text = (v.to(accelerator.device) for v in (x0, eps, t, text_of(captions)))
         x0 = x0.contiguous(memory_format=torch.channels_last)
         with accelerator.accumulate(model):
-            losses = diffusion_loss(model, x0, eps, t, ids, schedule, prediction, config.objective.min_snr_gamma)
+            losses = diffusion_loss(model, x0, eps, t, text, schedule, prediction, config.objective.min_snr_gamma)
             accelerator.backward(losses.mean())
             norm = apply_gradients(training, model, optimizer)
         return {"loss": losses.mean().detach(), "gradient_norm": norm}
@@ -166,7 +208,7 @@ def train(config: UNetTrainingConfig) -> None:
             autoencoder=load_autoencoder(vae),
             text_encoder=averaged[1][0].module if config.train_text_encoder else network.text_encoder,
             tokenizer=tokenizer,
-            tokenizer_folder=text / "tokenizer",
+            tokenizer_folder=text_folder / "tokenizer",
             scheduler=config.scheduler,
             settings=config.settings.model_copy(update={"words": words}),
         )

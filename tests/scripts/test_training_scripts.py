@@ -245,6 +245,33 @@ def test_the_text_encoder_learns_only_if_asked(
     assert same({name: tensor.half() for name, tensor in before.items()}, after) != trained
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_cached_contexts_change_no_bit(
+    precision: str, trained_autoencoder: Path, trained_clip: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    weights = []
+    for cached in (False, True):
+        out = tmp_path / str(cached)
+        config = unet_config(
+            out,
+            data_folder,
+            trained_autoencoder,
+            trained_clip,
+            loop=loop_config(out, steps=3, learning_rate=0.01, mixed_precision=precision),
+            train_text_encoder=False,
+            cache_contexts=cached,
+        )
+        forget_accelerator()
+        train_unet.train(config)
+        weights.append(load_file(out / "model/unet/diffusion_pytorch_model.safetensors"))
+    assert same(*weights)
+
+
+def test_contexts_that_go_out_of_date_are_not_cached(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cache_contexts goes with train_text_encoder: false"):
+        unet_config(tmp_path, tmp_path, tmp_path, tmp_path, cache_contexts=True)
+
+
 @pytest.mark.parametrize("script", [train_autoencoder, train_clip, train_unet])
 def test_a_missing_folder_is_one_line(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
