@@ -32,7 +32,7 @@ class ConditionalDenoiser:
     """Estimates x0 from x_t, its time and its context; made by `make_denoiser`.
 
     Raises:
-        ValueError: unknown prediction, or eps prediction under zero terminal SNR.
+        ValueError: unknown prediction, or one of eps or the score under zero terminal SNR.
     """
 
     network: Network
@@ -43,14 +43,16 @@ class ConditionalDenoiser:
         predictions.check(self.prediction, self.schedule.zero_terminal_snr)
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor) -> Estimate:
-        """Run the network, in its own dtype and on its own device, on x_t [B, ...], t ([B] or 0-d), context [B, L, D].
+        """Run the network, in its own dtype and on its own device.
 
-        The estimate is float32, or x_t's wider dtype, on x_t's device. Where the network has twice the channels of x_t,
-        the second half is a learned variance and passed on as `v`.
+        x_t is [B, C, ...], t [B] or 0-d, context [B, L, D]. The estimate is float32, or x_t's wider dtype, on x_t's
+        device. Where the network has twice the channels of x_t, the second half is a learned variance and passed on as
+        `v`.
 
         Raises:
-            ValueError: t out of the schedule's range, or shapes of context or output that do not fit x_t's.
+            ValueError: t out of the schedule's range, or shapes of t, context or output that do not fit x_t's.
         """
+        alpha, sigma = self.schedule.coefficients(t, like=x_t)  # refuses a wrong t before the network runs
         if len(context) != len(x_t):
             raise ValueError(f"context has a batch of {len(context)}, but x_t one of {len(x_t)}: give one each")
         like = _first_parameter(self.network)
@@ -58,14 +60,15 @@ class ConditionalDenoiser:
             like = x_t
         output = self.network(x_t.to(like), t.to(like.device).expand(len(x_t)), context.to(like)).to(x_t.device)
         v = None
-        if output.shape[1] == 2 * x_t.shape[1]:
+        if output.shape == (len(x_t), 2 * x_t.shape[1], *x_t.shape[2:]):
             output, v = output.chunk(2, dim=1)
-            v = v.to(torch.promote_types(x_t.dtype, torch.float32))
+            v = v.to(alpha.dtype)
         if output.shape != x_t.shape:
             raise ValueError(
                 f"the network's output is {tuple(output.shape)}, which does not fit x_t {tuple(x_t.shape)}"
             )
-        return Estimate(self.to_x0(output, x_t, t), v)
+        x0 = predictions.to_x0(self.prediction, output.to(alpha.dtype), x_t.to(alpha.dtype), alpha, sigma)
+        return Estimate(x0, v)
 
     def to_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The estimate of x0 that the network's `output` at x_t stands for; float32 or x_t's wider dtype.
@@ -80,7 +83,7 @@ class ConditionalDenoiser:
         """The network's output that the estimate `x0` at x_t stands for; float32 or x_t's wider dtype.
 
         Raises:
-            ValueError: t out of the schedule's range, or clean (-1) for a network that does not predict x0.
+            ValueError: t out of the schedule's range, or clean for a network that does not predict x0.
         """
         alpha, sigma = self.schedule.coefficients(t, like=x_t)
         return predictions.from_x0(self.prediction, x0.to(alpha.dtype), x_t.to(alpha.dtype), alpha, sigma)
@@ -90,7 +93,7 @@ def make_denoiser(network: Network, schedule: ForwardProcess, prediction: Predic
     """The denoiser (x_t, t, context) -> Estimate of a network that was trained on `schedule` to predict `prediction`.
 
     Raises:
-        ValueError: unknown prediction, or eps prediction under zero terminal SNR.
+        ValueError: unknown prediction, or one of eps or the score under zero terminal SNR.
     """
     return ConditionalDenoiser(network, schedule, prediction)
 

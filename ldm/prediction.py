@@ -23,8 +23,7 @@ Coefficient = Tensor | float
 PREDICTIONS: Mapping[str, Prediction] = MappingProxyType({"epsilon": "eps", "sample": "x0", "v_prediction": "v"})
 """Our names by those that diffusers gives them in `prediction_type`; it has none for the score."""
 
-
-NO_SCORE = "the score is not defined"
+_NO_SCORE = "the score is not defined"
 
 
 def check(prediction: Prediction, zero_terminal_snr: bool) -> None:
@@ -55,7 +54,7 @@ def target(prediction: Prediction, x0: Tensor, eps: Tensor, alpha: Coefficient, 
         case "v":
             return alpha * eps - sigma * x0
         case "score":
-            _refuse_zero("sigma", sigma, NO_SCORE)
+            _refuse_zero("sigma", sigma, _NO_SCORE)
             return -eps / sigma
         case _:
             raise _unknown(prediction)
@@ -132,7 +131,7 @@ def to_score(prediction: Prediction, output: Tensor, x_t: Tensor, alpha: Coeffic
     """
     if prediction == "score":
         return output
-    _refuse_zero("sigma", sigma, NO_SCORE)
+    _refuse_zero("sigma", sigma, _NO_SCORE)
     return -to_eps(prediction, output, x_t, alpha, sigma) / sigma
 
 

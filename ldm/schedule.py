@@ -61,12 +61,8 @@ class ForwardProcess(ABC):
         Raises:
             ValueError: t out of range, or neither one time nor one for each of `like`.
         """
-        if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(like))):
-            raise ValueError(f"t has shape {tuple(t.shape)}: give one time, or one for each of {len(like)} samples")
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        shape = (-1,) + (1,) * (like.ndim - 1)
         alpha, sigma = self.at(t)
-        return alpha.to(like.device, dtype).reshape(shape), sigma.to(like.device, dtype).reshape(shape)
+        return per_sample(alpha, like), per_sample(sigma, like)
 
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio alpha^2 / sigma^2 at t: float64, t's shape and device; infinite at the clean time.
@@ -90,21 +86,21 @@ class ForwardProcess(ABC):
         alpha, sigma = self.coefficients(t, like=x0)
         return (alpha * x0 + sigma * eps).to(x0.dtype)
 
-    def _times_by_noise(self, n: int, spacing: Spacing, least_noisy: float) -> Tensor:
+    def _times_by_noise(self, n: int, spacing: Literal["karras", "exponential"], least_noisy: float) -> Tensor:
         """n times from the noisiest down to `least_noisy`, spaced by sigma / alpha: float64 [n].
 
-        karras: evenly in its seventh root (Karras et al. 2022, eq. 5); exponential: evenly in its logarithm.
+        karras: evenly in its seventh root (Karras et al. 2022, eq. 5); exponential: evenly in its logarithm. Where the
+        SNR is zero at the noisiest time, the first is that of alpha^2 = 2^-24 instead.
         """
         ends = torch.tensor([self.last, least_noisy], dtype=torch.float64)
-        most, least = (-self.log_snr(ends) / 2).clamp(max=-math.log(SMALLEST_SIGNAL) / 2)
+        most, least = (-self.log_snr(ends) / 2).nan_to_num(posinf=math.log(1 / SMALLEST_SIGNAL - 1) / 2)
         ramp = torch.linspace(0, 1, n, dtype=torch.float64)
-        match spacing:
-            case "karras":
-                log_noise = 7 * torch.lerp((most / 7).exp(), (least / 7).exp(), ramp).log()
-            case "exponential":
-                log_noise = torch.lerp(most, least, ramp)
-            case _:
-                raise ValueError(f"spacing is {spacing!r}, but must be one of {', '.join(get_args(Spacing))}")
+        if spacing == "karras":
+            log_noise = 7 * torch.lerp((most / 7).exp(), (least / 7).exp(), ramp).log()
+        else:
+            log_noise = torch.lerp(most, least, ramp)
+        # Root and power may miss the ends by a last bit, and beyond them there may be no time.
+        log_noise[-1], log_noise[0] = least, most
         return self.time_at(-2 * log_noise).clamp(least_noisy, self.last)
 
 
@@ -119,7 +115,8 @@ class NoiseSchedule(ForwardProcess):
         zero_terminal_snr: shift and scale alpha so that it is 0 at T - 1 (Lin et al. 2023, algorithm 1).
 
     Raises:
-        ValueError: unknown kind, steps < 1, betas out of order, or zero terminal SNR with fewer than two steps.
+        ValueError: unknown kind, steps < 1, betas out of order, zero terminal SNR with fewer than two steps, or so many
+            steps that alpha^2 rounds to 0 before the last.
     """
 
     clean = -1.0
@@ -149,13 +146,13 @@ class NoiseSchedule(ForwardProcess):
         values = alphas_cumprod.detach().to("cpu", torch.float64, copy=True)
         if values.ndim != 1 or len(values) == 0:
             raise ValueError(f"alphas_cumprod has shape {tuple(values.shape)}: give one value per time, [T]")
-        if not (0 < values[0] < 1 and values[-1] >= 0 and bool((values.diff() < 0).all())):
-            raise ValueError("alphas_cumprod must decrease strictly from below 1 and may reach 0 at its last time only")
         schedule = cls.__new__(cls)
         schedule._tabulate(values)
         return schedule
 
     def _tabulate(self, alphas_cumprod: Tensor) -> None:
+        if not (0 < alphas_cumprod[0] < 1 and alphas_cumprod[-1] >= 0 and bool((alphas_cumprod.diff() < 0).all())):
+            raise ValueError("alphas_cumprod must decrease strictly from below 1 and may reach 0 at its last time only")
         self.alphas_cumprod = alphas_cumprod
         self.last = len(alphas_cumprod) - 1.0
         # One leading entry for the clean end, so that time t is row t + 1.
@@ -216,7 +213,7 @@ class NoiseSchedule(ForwardProcess):
         """
         table = self._log_snr.to(log_snr.device)
         wanted = log_snr.to(torch.float64)
-        if wanted.device.type == "cpu" and wanted.numel() > 0 and wanted.min() < table[-1]:
+        if wanted.device.type == "cpu" and wanted.numel() > 0 and not wanted.min() >= table[-1]:
             raise ValueError(f"log-SNR {wanted.min().item():g} is below this schedule's last, {table[-1].item():g}")
         # The wanted log-SNR lies between that of row `lower` and the next row's.
         lower = (torch.searchsorted(-table, -wanted.contiguous(), right=True) - 1).clamp(0, len(table) - 2)
@@ -247,7 +244,8 @@ class NoiseSchedule(ForwardProcess):
         """A time grid: n times to run the network at, then `end`; float64 [n + 1], strictly decreasing.
 
         "leading", "trailing" and "linspace" are those of Lin et al. 2023, table 2; "karras" (Karras et al. 2022, eq. 5)
-        and "exponential" space sigma / alpha between its values at T - 1 and 0, by its seventh root and its logarithm.
+        and "exponential" space sigma / alpha between its values at T - 1 and 0, by its seventh root and its logarithm;
+        under zero terminal SNR they start where alpha^2 is 2^-24 instead, as those of diffusers do.
         `offset` shifts "leading" only, which alone stops short of T - 1. `end` is where sampling ends: -1 is clean, 0
         stands for diffusers' `set_alpha_to_one: false`.
 
@@ -269,8 +267,10 @@ class NoiseSchedule(ForwardProcess):
             case "linspace":
                 stride = last / max(n - 1, 1)
                 times = [round(index * stride) for index in range(n)]
-            case _:
+            case "karras" | "exponential":
                 times = self._times_by_noise(n, spacing, least_noisy=0.0).flip(0).tolist()
+            case _:
+                raise ValueError(f"spacing is {spacing!r}, but must be one of {', '.join(get_args(Spacing))}")
         if times[-1] > last:
             raise ValueError(f"offset {offset} puts the first of {n} times at {times[-1]}, but the last time is {last}")
         if not -1 <= end < times[0]:
@@ -281,10 +281,10 @@ class NoiseSchedule(ForwardProcess):
 
 
 class VPSDE(ForwardProcess):
-    """The variance-preserving SDE dx = -beta(t) x / 2 dt + sqrt(beta(t)) dw (Song et al. 2021, eqs. 11 and 29).
+    """The variance-preserving SDE dx = -beta(t) x / 2 dt + sqrt(beta(t)) dw (Song et al. 2021, eq. 11).
 
     beta(t) rises linearly from `beta_min` at 0 (clean) to `beta_max` at 1, so that log alpha is
-    -(beta_max - beta_min) t^2 / 4 - beta_min t / 2. Networks get t in [0, 1].
+    -(beta_max - beta_min) t^2 / 4 - beta_min t / 2 (eqs. 32 and 33). Networks get t in [0, 1].
 
     Raises:
         ValueError: unless 0 < beta_min <= beta_max.
@@ -313,7 +313,8 @@ class VPSDE(ForwardProcess):
         Raises:
             ValueError: t out of range (on the CPU).
         """
-        return -self._decay(t).expm1().log()
+        decay = self._decay(t)
+        return -decay - (-(-decay).expm1()).log()
 
     def time_at(self, log_snr: Tensor) -> Tensor:
         """The times in [0, 1] at which the log-SNR is `log_snr`: float64, its shape and device.
@@ -324,7 +325,8 @@ class VPSDE(ForwardProcess):
         decay = torch.nn.functional.softplus(-log_snr.to(torch.float64), threshold=50)
         rise = self.beta_max - self.beta_min
         t = 2 * decay / (self.beta_min + (self.beta_min**2 + 2 * rise * decay).sqrt())
-        if t.device.type == "cpu" and t.numel() > 0 and t.max() > 1 + 1e-12:
+        # One bit of the log-SNR is more than one of t. Minus infinity makes t NaN.
+        if t.device.type == "cpu" and t.numel() > 0 and not t.max() <= 1 + 1e-12:
             raise ValueError(f"log-SNR {log_snr.min().item():g} is below this process's last, at t = 1")
         return t.clamp(max=1)
 
@@ -340,10 +342,13 @@ class VPSDE(ForwardProcess):
             raise ValueError(f"{n} steps asked: choose at least 1")
         if not 0 < least_noisy < 1:
             raise ValueError(f"least_noisy is {least_noisy}, but must be between 0 and 1")
-        if spacing == "linspace":
-            times = torch.linspace(1, least_noisy, n, dtype=torch.float64)
-        else:
-            times = self._times_by_noise(n, spacing, least_noisy)
+        match spacing:
+            case "linspace":
+                times = torch.linspace(1, least_noisy, n, dtype=torch.float64)
+            case "karras" | "exponential":
+                times = self._times_by_noise(n, spacing, least_noisy)
+            case _:
+                raise ValueError(f"spacing is {spacing!r}, but must be one of linspace, karras, exponential")
         return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
 
     def _decay(self, t: Tensor) -> Tensor:
@@ -352,6 +357,18 @@ class VPSDE(ForwardProcess):
             raise ValueError(f"t spans {t.min().item():g} to {t.max().item():g}, but must be from 0 (clean) to 1")
         t = t.to(torch.float64)
         return self.beta_min * t + (self.beta_max - self.beta_min) / 2 * t**2
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """What was found for times t ([B] or 0-d), ready to multiply `like` [B, ...]: in float32 or its wider dtype.
+
+    Raises:
+        ValueError: neither one value nor one for each of `like`.
+    """
+    if values.ndim > 1 or (values.ndim == 1 and len(values) not in (1, len(like))):
+        raise ValueError(f"t has shape {tuple(values.shape)}: give one time, or one for each of {len(like)} samples")
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return values.to(like.device, dtype).reshape((-1,) + (1,) * (like.ndim - 1))
 
 
 def _betas(kind: ScheduleKind, steps: int, beta_start: float, beta_end: float) -> Tensor:

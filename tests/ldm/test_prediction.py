@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler
 from ldm import prediction
 from ldm.schedule import NoiseSchedule
 
-KINDS = ["eps", "x0", "v"]
+KINDS = ["eps", "x0", "v", "score"]
 
 
 @pytest.fixture
@@ -30,6 +30,28 @@ def test_every_conversion_of_the_target_is_exact(kind, example):
     assert_equal(prediction.to_v(kind, output, x_t, alpha, sigma), alpha * eps - sigma * x0)
     assert_equal(prediction.to_score(kind, output, x_t, alpha, sigma), -eps / sigma)
     assert_equal(prediction.from_x0(kind, x0, x_t, alpha, sigma), output)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_score_and_any_other_output_give_each_other(kind, example):
+    """Of any output, not only of a perfect network's."""
+    x0, _, x_t, alpha, sigma = example
+    output = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    score = prediction.to_score(kind, output, x_t, alpha, sigma)
+    back = {"eps": prediction.to_eps, "x0": prediction.to_x0, "v": prediction.to_v, "score": prediction.to_score}[kind]
+    torch.testing.assert_close(back("score", score, x_t, alpha, sigma), output, rtol=1e-10, atol=1e-10)
+    x0_of_output = prediction.to_x0(kind, output, x_t, alpha, sigma)
+    assert_equal(prediction.to_x0("score", score, x_t, alpha, sigma), x0_of_output)
+    torch.testing.assert_close(
+        prediction.from_x0(kind, x0_of_output, x_t, alpha, sigma), output, rtol=1e-10, atol=1e-10
+    )
+
+
+def test_the_score_is_the_gradient_of_the_log_density(example):
+    x0, eps, x_t, alpha, sigma = example
+    x_t.requires_grad_()
+    torch.distributions.Normal(alpha * x0, sigma).log_prob(x_t).sum().backward()
+    assert_equal(prediction.target("score", x0, eps, alpha, sigma), x_t.grad)
 
 
 def test_numbers_serve_as_coefficients():
@@ -70,10 +92,11 @@ def test_a_weighted_output_error_is_the_weighted_x0_error(kind, example):
 
 @pytest.mark.parametrize("alpha", [0.0, torch.tensor([0.5, 0.0]).reshape(2, 1)])
 @pytest.mark.parametrize(("convert", "name"), [(prediction.to_x0, "x0"), (prediction.to_v, "v")])
-def test_eps_says_nothing_where_alpha_is_zero(convert, name, alpha):
+@pytest.mark.parametrize(("kind", "called"), [("eps", "eps"), ("score", "the score")])
+def test_eps_and_the_score_say_nothing_where_alpha_is_zero(kind, called, convert, name, alpha):
     x = torch.ones(2, 3)
-    with pytest.raises(ValueError, match=f"{name} does not follow from eps where alpha is 0"):
-        convert("eps", x, x, alpha, 1.0)
+    with pytest.raises(ValueError, match=f"{name} does not follow from {called} where alpha is 0"):
+        convert(kind, x, x, alpha, 1.0)
 
 
 @pytest.mark.parametrize("sigma", [0.0, torch.tensor([0.5, 0.0]).reshape(2, 1)])
@@ -84,15 +107,35 @@ def test_x0_says_nothing_of_the_noise_where_sigma_is_zero(convert, name, sigma):
         convert("x0", x, x, 1.0, sigma)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_there_is_no_score_where_sigma_is_zero(kind):
-    with pytest.raises(ValueError, match="score is not defined where sigma is 0"):
-        prediction.to_score(kind, torch.ones(1), torch.ones(1), 1.0, 0.0)
+@pytest.mark.parametrize("sigma", [0.0, torch.tensor([0.5, 0.0]).reshape(2, 1)])
+def test_there_is_no_score_where_sigma_is_zero(sigma):
+    x = torch.ones(2, 3)
+    calls = [
+        *(lambda kind=kind: prediction.to_score(kind, x, x, 1.0, sigma) for kind in ("eps", "x0", "v")),
+        lambda: prediction.target("score", x, x, 1.0, sigma),
+        lambda: prediction.from_x0("score", x, x, 1.0, sigma),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="score is not defined where sigma is 0"):
+            call()
 
 
-def test_an_eps_error_has_no_weight_where_the_snr_is_zero():
-    with pytest.raises(ValueError, match="where SNR is 0"):
-        prediction.loss_weight("eps", torch.ones(1), torch.zeros(1))
+def test_a_score_says_what_it_can_where_sigma_is_zero():
+    score, x_t = torch.full((1,), 5.0), torch.full((1,), 3.0)
+    assert prediction.to_x0("score", score, x_t, 1.0, 0.0) == x_t
+    assert prediction.to_eps("score", score, x_t, 1.0, 0.0) == 0
+    assert prediction.to_score("score", score, x_t, 1.0, 0.0) == score
+
+
+@pytest.mark.parametrize("kind", ["eps", "score"])
+def test_an_error_of_the_noise_has_no_weight_where_the_snr_is_zero(kind):
+    with pytest.raises(ValueError, match=f"does not follow from that of (the )?{kind} where SNR is 0"):
+        prediction.loss_weight(kind, torch.ones(2), torch.tensor([1.0, 0.0]))
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "score"])
+def test_an_output_error_weighs_nothing_where_the_snr_is_infinite(kind):
+    assert prediction.loss_weight(kind, torch.ones(1), torch.tensor([torch.inf])) == 0
 
 
 def test_unknown_predictions_are_refused_everywhere():
@@ -103,17 +146,19 @@ def test_unknown_predictions_are_refused_everywhere():
         lambda: prediction.to_x0("epsilon", x, x, 0.6, 0.8),
         lambda: prediction.to_eps("epsilon", x, x, 0.6, 0.8),
         lambda: prediction.to_v("epsilon", x, x, 0.6, 0.8),
+        lambda: prediction.to_score("epsilon", x, x, 0.6, 0.8),
         lambda: prediction.from_x0("epsilon", x, x, 0.6, 0.8),
         lambda: prediction.loss_weight("epsilon", x, x),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="prediction is 'epsilon', but must be 'eps', 'x0' or 'v'"):
+        with pytest.raises(ValueError, match="prediction is 'epsilon', but must be 'eps', 'x0', 'v' or 'score'"):
             call()
 
 
-def test_eps_is_refused_under_zero_terminal_snr():
-    with pytest.raises(ValueError, match="use v with zero terminal SNR"):
-        prediction.check("eps", True)
+@pytest.mark.parametrize("kind", ["eps", "score"])
+def test_eps_and_the_score_are_refused_under_zero_terminal_snr(kind):
+    with pytest.raises(ValueError, match=f"{kind} prediction cannot find x0 .* use v with zero terminal SNR"):
+        prediction.check(kind, True)
     prediction.check("v", True)
     prediction.check("x0", True)
-    prediction.check("eps", False)
+    prediction.check(kind, False)

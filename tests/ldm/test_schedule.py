@@ -2,12 +2,69 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
-from ldm.schedule import NoiseSchedule
+from ldm.schedule import VPSDE, NoiseSchedule
 
 DIFFUSERS_KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+PROCESSES = {
+    "scaled linear": NoiseSchedule("scaled_linear"),
+    "cosine of 4000": NoiseSchedule("cosine", steps=4000),
+    "zero terminal SNR": NoiseSchedule("scaled_linear", zero_terminal_snr=True),
+    "two steps": NoiseSchedule("linear", steps=2, zero_terminal_snr=True),
+    "one step": NoiseSchedule("linear", steps=1),
+    "VPSDE": VPSDE(),
+    "constant VPSDE": VPSDE(3.0, 3.0),
+    "VPSDE without any signal": VPSDE(0.1, 4000.0),
+}
+SOME_TIMES = [0, 1, 10, 500, 998, 999]
+every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+
+
+def exact(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def assert_close(actual, expected, rtol=0.0, atol=0.0):
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("steps", [1000, 4000])
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear"])
+def test_linear_betas_and_their_product(kind, steps):
+    power = {"linear": 1, "scaled_linear": 2}[kind]
+    first, last = 0.00085 ** (1 / power), 0.012 ** (1 / power)
+    betas = [(first + (last - first) * index / (steps - 1)) ** power for index in range(steps)]
+    # Sums of logarithms, rounded once, so that 4000 factors cost no digits.
+    expected = exact(
+        [math.exp(math.fsum(map(math.log1p, [-beta for beta in betas[: index + 1]]))) for index in SOME_TIMES]
+    )
+    alphas_cumprod = NoiseSchedule(kind, steps).alphas_cumprod
+    assert_close(alphas_cumprod[SOME_TIMES], expected, rtol=1e-12)
+    assert_close(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], exact(betas[1:]), atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1000, 4000])
+def test_the_cosine_schedule_is_equation_17(steps):
+    """abar(t) = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2), s = 0.008, beta <= 0.999 (Nichol and Dhariwal)."""
+
+    def f(t):
+        return math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    alphas_cumprod = NoiseSchedule("cosine", steps).alphas_cumprod
+    # Only the last beta, that would be 1, is clipped.
+    unclipped = [f(t) / f(0) for t in range(1, steps)]
+    assert_close(alphas_cumprod, exact([*unclipped, unclipped[-1] * 0.001]), rtol=1e-11, atol=1e-12)
+    betas = [*(1 - f(t) / f(t - 1) for t in range(2, steps)), 0.999]
+    assert_close(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], exact(betas), atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1000, 4000])
+@pytest.mark.parametrize("kind", DIFFUSERS_KINDS)
+def test_alphas_cumprod_are_those_of_diffusers_to_the_precision_of_float32(kind, steps):
+    reference = DDPMScheduler(steps, beta_schedule=DIFFUSERS_KINDS[kind], beta_start=0.00085, beta_end=0.012)
+    assert_close(NoiseSchedule(kind, steps).alphas_cumprod, reference.alphas_cumprod.double(), atol=1e-6)
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
@@ -159,6 +216,8 @@ def test_a_grid_may_end_at_the_first_noisy_time():
         ({"kind": "linear", "beta_start": 0.0}, "beta_start 0.0"),
         ({"kind": "scaled_linear", "beta_end": 1.0}, "beta_end 1.0"),
         ({"kind": "linear", "steps": 1, "zero_terminal_snr": True}, "steps of at least 2"),
+        ({"kind": "linear", "steps": 200_000}, "decrease strictly"),
+        ({"kind": "linear", "beta_start": 1e-20}, "decrease strictly"),
     ],
 )
 def test_impossible_schedules_are_refused(arguments, message):
@@ -194,13 +253,211 @@ def test_times_out_of_range_are_refused(t):
     [
         ({"n": 0, "spacing": "leading"}, "choose 1 to 1000"),
         ({"n": 1001, "spacing": "trailing"}, "choose 1 to 1000"),
-        ({"n": 10, "spacing": "karras"}, "spacing is 'karras'"),
+        (
+            {"n": 10, "spacing": "lognormal"},
+            "spacing is 'lognormal', but must be one of leading, trailing, linspace, karras, exponential$",
+        ),
         ({"n": 1000, "spacing": "leading", "offset": 1}, "at 1000, but the last time is 999"),
         ({"n": 10, "spacing": "leading", "end": 0}, "comes down to 0 cannot end at 0"),
         ({"n": 10, "spacing": "leading", "offset": -1}, "comes down to -1 cannot end at -1"),
         ({"n": 10, "spacing": "leading", "end": -2}, "cannot end at -2"),
+        ({"n": 10, "spacing": "karras", "end": 0}, "comes down to 0.0 cannot end at 0"),
     ],
 )
 def test_impossible_grids_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         NoiseSchedule("linear").timesteps(**arguments)
+
+
+@pytest.mark.parametrize("t", [torch.tensor([5, 6, 7]), torch.tensor([[5], [6]])])
+def test_times_that_do_not_fit_the_samples_are_refused(t):
+    x = torch.zeros(2, 4)
+    with pytest.raises(ValueError, match="give one time, or one for each of 2 samples"):
+        NoiseSchedule("linear").add_noise(x, x, t)
+
+
+def test_noise_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"x0 is \(2, 4\) and eps \(4,\)"):
+        NoiseSchedule("linear").add_noise(torch.zeros(2, 4), torch.zeros(4), torch.tensor(5))
+
+
+@every_process
+def test_log_snr_is_the_logarithm_of_the_ratio_of_the_powers(process):
+    t = torch.linspace(process.clean, process.last, 997, dtype=torch.float64)
+    alpha, sigma = process.at(t)
+    here = (alpha > 1e-150) & (sigma > 0)
+    assert_close(process.log_snr(t)[here], 2 * (alpha / sigma).log()[here], rtol=1e-13, atol=1e-11)
+    assert process.log_snr(t[0]) == math.inf
+    assert process.log_snr(t).diff().max() < 0
+
+
+@every_process
+def test_time_at_inverts_log_snr(process):
+    clean, last = process.clean, process.last
+    near_the_ends = exact([clean, clean + 1e-6, clean + 1e-3, last - 1e-3, last - 1e-6, last])
+    t = torch.cat([torch.linspace(clean, last, 3001, dtype=torch.float64), near_the_ends])
+    assert_close(process.time_at(process.log_snr(t)), t, atol=1e-10)
+    assert process.time_at(exact(math.inf)) == clean
+    log_snr = torch.linspace(max(process.log_snr(exact(last)).item(), -20), 30, 3001, dtype=torch.float64)
+    log_snr = log_snr[:3000].reshape(3, -1).t()
+    assert_close(process.log_snr(process.time_at(log_snr)), log_snr, rtol=1e-10, atol=1e-10)
+
+
+def test_the_log_snr_at_the_table_s_times_is_exact_and_minus_infinity_where_no_signal_is_left():
+    schedule = PROCESSES["zero terminal SNR"]
+    t = torch.arange(-1, 1000)
+    assert torch.equal(schedule.time_at(schedule.log_snr(t)), t.double())
+    assert torch.equal(schedule.log_snr(t), schedule.log_snr(t.double()))
+    assert schedule.log_snr(t[-1]) == -math.inf
+
+
+@pytest.mark.parametrize("process", [NoiseSchedule("linear"), VPSDE()])
+def test_a_log_snr_below_the_last_is_refused(process):
+    lowest = process.log_snr(exact(process.last)).item()
+    for log_snr in (lowest - 1e-6, -math.inf, math.nan):
+        with pytest.raises(ValueError, match=r"is below this .* last"):
+            process.time_at(exact([0.0, log_snr]))
+
+
+@every_process
+@pytest.mark.parametrize("method", ["at", "log_snr", "time_at"])
+def test_results_lie_where_the_times_lie(process, method):
+    result = getattr(process, method)(torch.zeros(2, 3, device="meta"))
+    for values in result if method == "at" else [result]:
+        assert (values.device.type, values.dtype, values.shape) == ("meta", torch.float64, (2, 3))
+    alpha, _ = process.coefficients(torch.tensor(0), like=torch.zeros(2, 4, device="meta"))
+    assert alpha.device.type == "meta"
+
+
+def noise_level(process, t):
+    alpha, sigma = process.at(t)
+    return sigma / alpha
+
+
+def expected_levels(spacing, most, least, n):
+    """Karras et al. 2022, eq. 5, with rho = 7; for exponential a geometric sequence."""
+    ramp = [index / max(n - 1, 1) for index in range(n)]
+    if spacing == "karras":
+        return exact([(most ** (1 / 7) + i * (least ** (1 / 7) - most ** (1 / 7))) ** 7 for i in ramp])
+    return exact([most * (least / most) ** i for i in ramp])
+
+
+@pytest.mark.parametrize("n", [1, 2, 20, 1000])
+@pytest.mark.parametrize("kind", DIFFUSERS_KINDS)
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
+def test_grids_spaced_by_noise_follow_their_formula(spacing, zero_terminal_snr, kind, n):
+    schedule = NoiseSchedule(kind, zero_terminal_snr=zero_terminal_snr)
+    grid = schedule.timesteps(n, spacing)
+    assert grid.shape == (n + 1,)
+    assert grid.dtype == torch.float64
+    assert grid.diff().max() < 0
+    assert grid[-1] == -1
+    # alpha^2 of 2^-24 is sigma / alpha of sqrt(2^24 - 1).
+    most = math.sqrt(2**24 - 1) if zero_terminal_snr else noise_level(schedule, exact(999)).item()
+    least = noise_level(schedule, exact(0)).item()
+    assert_close(noise_level(schedule, grid[:-1]), expected_levels(spacing, most, least, n), rtol=1e-10)
+    if zero_terminal_snr:
+        assert schedule.at(grid[0])[0].item() ** 2 == pytest.approx(2**-24, rel=1e-10)
+    else:
+        assert grid[0] == 999
+
+
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
+@pytest.mark.parametrize("kind", DIFFUSERS_KINDS)
+@pytest.mark.parametrize("steps", [2, 3, 50, 333, 1000, 4000])
+def test_grids_spaced_by_noise_never_leave_the_schedule(steps, kind, spacing):
+    """Rounding must not push the first time beyond T - 1; whether it does depends on the schedule's last bits."""
+    grid = NoiseSchedule(kind, steps).timesteps(min(steps, 7), spacing)
+    assert grid[0] == steps - 1
+    assert grid[-2] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 10, 37])
+@pytest.mark.parametrize("kind", DIFFUSERS_KINDS)
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
+def test_grids_spaced_by_noise_are_those_of_diffusers(spacing, zero_terminal_snr, kind, n):
+    ours = NoiseSchedule(kind, zero_terminal_snr=zero_terminal_snr)
+    reference = EulerDiscreteScheduler(
+        beta_schedule=DIFFUSERS_KINDS[kind],
+        beta_start=0.00085,
+        beta_end=0.012,
+        rescale_betas_zero_snr=zero_terminal_snr,
+        **{f"use_{spacing}_sigmas": True},
+    )
+    if kind == "cosine" or zero_terminal_snr:
+        # Its float32 table is too coarse here: 1 - alpha^2 of 4e-5 in steps of 6e-8, and rounded twice under zero SNR.
+        reference.alphas_cumprod = ours.alphas_cumprod.clamp(min=2**-24 if zero_terminal_snr else 0)
+    reference.set_timesteps(n)
+    grid = ours.timesteps(n, spacing)
+    assert_close(noise_level(ours, grid), reference.sigmas.double(), rtol=1e-4)
+    inside = slice(1, None) if zero_terminal_snr else slice(None)  # between T - 2 and T - 1 it interpolates otherwise
+    assert_close(grid[:-1][inside], reference.timesteps.double()[inside], rtol=1e-3, atol=1e-3)
+
+
+def test_the_vpsde_is_the_integral_of_its_beta():
+    t = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    beta = 0.1 + t * (20 - 0.1)
+    integral = torch.cat([torch.zeros(1), torch.cumulative_trapezoid(beta, t)])  # exact, because beta is linear
+    alpha, sigma = VPSDE().at(t)
+    assert_close(alpha, (-integral / 2).exp(), atol=1e-12)
+    assert_close(sigma, (1 - (-integral).exp()).sqrt(), atol=1e-12)
+    assert (alpha[0], sigma[0]) == (1, 0)
+    # Close to 0 sigma^2 is beta_min t, which 1 - alpha^2 would have lost.
+    assert VPSDE().at(exact(1e-14))[1].item() == pytest.approx(math.sqrt(1e-15), rel=1e-12)
+    assert not VPSDE().zero_terminal_snr
+
+
+def test_the_linear_schedule_tends_to_the_vpsde():
+    def distance(steps):
+        table = NoiseSchedule("linear", steps, beta_start=0.1 / steps, beta_end=20 / steps).alphas_cumprod.sqrt()
+        return (table - VPSDE().at(torch.arange(1, steps + 1) / steps)[0]).abs().max().item()
+
+    errors = [distance(steps) for steps in (1000, 2000, 4000)]
+    assert errors[0] < 2e-3
+    assert errors[0] / errors[1] == pytest.approx(2, abs=0.02)
+    assert errors[1] / errors[2] == pytest.approx(2, abs=0.02)
+
+
+@pytest.mark.parametrize("n", [1, 2, 25])
+@pytest.mark.parametrize("spacing", ["linspace", "karras", "exponential"])
+def test_grids_in_continuous_time(spacing, n):
+    process = VPSDE()
+    grid = process.timesteps(n, spacing, least_noisy=1e-2)
+    assert grid.shape == (n + 1,)
+    assert grid.diff().max() < 0
+    assert grid[0].item() == pytest.approx(1, abs=1e-12)
+    assert grid[-1] == 0
+    if spacing == "linspace":
+        assert_close(grid[:-1], torch.linspace(1, 1e-2, n, dtype=torch.float64))
+    else:
+        most, least = noise_level(process, exact([1, 1e-2])).tolist()
+        assert_close(noise_level(process, grid[:-1]), expected_levels(spacing, most, least, n), rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 0}, "0 steps asked"),
+        ({"n": 5, "least_noisy": 0.0}, "least_noisy is 0.0"),
+        ({"n": 5, "least_noisy": 1.0}, "least_noisy is 1.0"),
+        ({"n": 5, "spacing": "trailing"}, "spacing is 'trailing', but must be one of linspace, karras, exponential$"),
+    ],
+)
+def test_impossible_grids_in_continuous_time_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        VPSDE().timesteps(**arguments)
+
+
+@pytest.mark.parametrize("betas", [(0.0, 20.0), (2.0, 1.0), (0.1, math.inf), (math.nan, 1.0)])
+def test_an_impossible_vpsde_is_refused(betas):
+    with pytest.raises(ValueError, match="must satisfy 0 < beta_min <= beta_max"):
+        VPSDE(*betas)
+
+
+@pytest.mark.parametrize("t", [-0.1, 1.001, math.nan])
+def test_continuous_times_out_of_range_are_refused(t):
+    for method in (VPSDE().at, VPSDE().log_snr):
+        with pytest.raises(ValueError, match=r"must be from 0 \(clean\) to 1"):
+            method(torch.tensor([0.5, t]))
