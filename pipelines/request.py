@@ -30,6 +30,8 @@ class Request:
     eta: float
     height: int
     width: int
+    syntax: str = "plain"
+    clip_skip: int = 0
 
     def __post_init__(self) -> None:
         for name, value in (("guidance", self.guidance), ("eta", self.eta), ("guidance rescale", self.rescale)):

@@ -34,6 +34,7 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore"):
     steps_offset: int = Field(default=0, ge=0, le=1000)
     set_alpha_to_one: bool = True
     rescale_betas_zero_snr: bool = False
+    variance_type: Literal["fixed_small", "learned_range"] | None = None
 
     trained_betas: Literal[None] = None
     clip_sample: Literal[False] = False
@@ -50,7 +51,6 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore"):
     final_sigmas_type: Literal["zero"] = "zero"
     interpolation_type: Literal["linear"] = "linear"
     timestep_type: Literal["discrete"] = "discrete"
-    variance_type: Literal["fixed_small"] | None = None
 
     clip_sample_range: float = 1.0
     sample_max_value: float = 1.0
@@ -88,9 +88,20 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore"):
         }
         return cls.model_validate({**own_defaults, **config})
 
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network has as many channels again for the variance (Nichol and Dhariwal 2021, eq. 15)."""
+        return self.variance_type == "learned_range"
+
     def to_diffusers_config(self) -> dict[str, Any]:
-        """A DDIMScheduler's dictionary with every field of the process written out, `clip_sample: false` above all."""
-        return {"_class_name": "DDIMScheduler", **self.model_dump(include=set(_DDIM_FIELDS))}
+        """A DDIMScheduler's dictionary with every field of the process written out, `clip_sample: false` above all.
+
+        A learned variance makes it a DDPMScheduler's, the only one that knows what to do with it.
+        """
+        if self.learns_variance:
+            fields = (*_COMMON_FIELDS, "variance_type")
+            return {"_class_name": "DDPMScheduler", **self.model_dump(include=set(fields))}
+        return {"_class_name": "DDIMScheduler", **self.model_dump(include={*_COMMON_FIELDS, "set_alpha_to_one"})}
 
     @property
     def prediction(self) -> Prediction:
@@ -120,7 +131,7 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore"):
         return clean_is_zero[:-1] if clean_is_zero[-2] == 0 else clean_is_zero
 
 
-_DDIM_FIELDS = (
+_COMMON_FIELDS = (
     "num_train_timesteps",
     "beta_start",
     "beta_end",
@@ -128,7 +139,6 @@ _DDIM_FIELDS = (
     "prediction_type",
     "timestep_spacing",
     "steps_offset",
-    "set_alpha_to_one",
     "rescale_betas_zero_snr",
     "trained_betas",
     "clip_sample",

@@ -17,6 +17,7 @@ from pipelines.loading import Model, load_model, save_model
 from pipelines.request import MAX_SEED, Request, checked_negatives, checked_prompts, takes_eta
 from pipelines.runtime import pick_device, pick_dtype, prepare
 from pipelines.settings import words_in
+from text_encoder import encode_prompts
 
 BATCH = 8  # pictures that go through the networks at once; bounds memory, and changes no picture beyond rounding
 DEFAULT_SAMPLER = "ddim"
@@ -90,6 +91,8 @@ class TextToImagePipeline:
         latents: Tensor | None = None,
         on_step: Callable[[StepInfo], None] | None = None,
         prompt_syntax: Literal["plain", "weighted"] = "plain",
+        clip_skip: int = 0,
+        strict_tokens: bool = False,
         output_type: Literal["pil", "pt", "latent"] = "pil",
     ) -> TextToImageOutput:
         """Renders each prompt `num_images_per_prompt` times; pictures come prompt by prompt, then copy by copy.
@@ -104,14 +107,14 @@ class TextToImagePipeline:
             generator: one for all pictures or one for each, instead of `seed`.
             latents: unit noise [N,C,h,w] to start from; then `seed` must stay 0 and only feeds the steps' noise.
             on_step: called after each step with a `StepInfo` of all pictures; may raise to cancel.
+            prompt_syntax, clip_skip: what the text means; see `text_encoder.prompt`.
+            strict_tokens: refuse a prompt that would be cut, instead of saying what was cut.
 
         Raises:
             ValueError: one line that names the argument and what is allowed, or says that the result is not finite.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r} is unknown; there are {', '.join(OUTPUT_TYPES)}")
-        if prompt_syntax != "plain":
-            raise ValueError(f"prompt_syntax {prompt_syntax!r} comes in a later version; there is 'plain'")
         prompts = checked_prompts(prompt, num_images_per_prompt)
         copies = num_images_per_prompt
         own_height, own_width = self.own_size
@@ -125,13 +128,16 @@ class TextToImagePipeline:
             eta=eta,
             height=own_height if height is None else height,
             width=own_width if width is None else width,
+            syntax=prompt_syntax,
+            clip_skip=clip_skip,
         )
         request.check_steps(self.schedule.steps)
         request.check_size(max(8, self.autoencoder.downsampling_factor))
         generators, seeds = self._generators(len(prompts), seed, generator, latents is not None)
         x = self._initial_noise(request, generators, latents)
+        contexts = self._encode(request, strict_tokens)
         self._give_notices(request)
-        latents = self._sample(request, x, generators, on_step)
+        latents = self._sample(request, contexts, x, generators, on_step)
         _refuse_non_finite(latents, "the latents")
         if output_type == "latent":
             return TextToImageOutput(latents, seeds, request)
@@ -166,7 +172,7 @@ class TextToImagePipeline:
     ) -> Tensor:
         factor = self.autoencoder.downsampling_factor
         cells = (request.height // factor, request.width // factor)
-        shape = torch.Size((len(request.prompts), self.unet.config.in_channels, *cells))
+        shape = torch.Size((len(request.prompts), self.autoencoder.config.latent_channels, *cells))
         if latents is None:
             return _randn(shape, generators).to(self.device)
         if latents.shape != shape:
@@ -175,14 +181,11 @@ class TextToImagePipeline:
         return latents.to(self.device, torch.float32)
 
     def _give_notices(self, request: Request) -> None:
-        texts = list(dict.fromkeys((*request.prompts, *request.negatives)))
         if self.settings.words is not None:
-            known = set(self.settings.words)
-            if unseen := sorted({word for text in texts for word in words_in(text)} - known):
+            texts = {text for text in (*request.prompts, *request.negatives)}
+            seen = {*self.settings.words, *(["break"] if request.syntax == "weighted" else [])}
+            if unseen := sorted({word for text in texts for word in words_in(text)} - seen):
                 notice(f"the model never saw these words: {', '.join(unseen)}")
-        for cut in self.tokenizer(texts).cut:
-            if cut:
-                notice(f"the prompt is too long; this part is left out: {cut}")
         own = self.own_size
         if any(
             not 1 / FAR < side / at_home < FAR
@@ -190,28 +193,39 @@ class TextToImagePipeline:
         ):
             notice(f"{request.width}x{request.height} is far from the {own[1]}x{own[0]} that the model was trained at")
 
-    @torch.no_grad()
-    def _encode(self, texts: Sequence[str]) -> Tensor:
-        """Contexts [N,L,D] of N texts; each distinct text is encoded once."""
-        distinct = list(dict.fromkeys(texts))
-        ids = self.tokenizer(distinct).ids
-        context = torch.cat([self.text_encoder(some.to(self.device)) for some in torch.split(ids, BATCH)])
-        return context[[distinct.index(text) for text in texts]]
+    def _encode(self, request: Request, strict: bool) -> list[tuple[Tensor, Tensor]]:
+        """(cond, uncond), both [b,L,D], of the pictures in their order, `BATCH` at most at once."""
+        # Unguided, negative prompts play no part, so a long one must not lengthen the context.
+        negatives = request.negatives if request.guidance != 1 else ("",) * len(request.prompts)
+        contexts = encode_prompts(
+            self.text_encoder,
+            self.tokenizer,
+            request.prompts,
+            negatives,
+            syntax=request.syntax,
+            clip_skip=request.clip_skip,
+            strict=strict,
+            batch=BATCH,
+        )
+        for line in contexts.notices:
+            notice(line)
+        return contexts.batches
 
     def _sample(
         self,
         request: Request,
+        contexts: list[tuple[Tensor, Tensor]],
         x: Tensor,
         generators: Generator | list[Generator],
         on_step: Callable[[StepInfo], None] | None,
     ) -> Tensor:
         network = make_denoiser(self.unet, self.schedule, self.model.scheduler.prediction)
-        cond, uncond = self._encode(request.prompts), self._encode(request.negatives)
         denoise = in_turn(
             [
-                classifier_free(network, some_cond, some_uncond, scale=request.guidance, rescale=request.rescale)
-                for some_cond, some_uncond in zip(torch.split(cond, BATCH), torch.split(uncond, BATCH), strict=True)
-            ]
+                classifier_free(network, cond, uncond, scale=request.guidance, rescale=request.rescale)
+                for cond, uncond in contexts
+            ],
+            [len(cond) for cond, _ in contexts],
         )
         grid = self.model.scheduler.time_grid(self.schedule, request.steps, request.sampler)
         options = {"eta": request.eta} if takes_eta(request.sampler) else {}
@@ -234,14 +248,16 @@ class TextToImagePipeline:
         return (images / 2 + 0.5).clamp(0, 1)
 
 
-def in_turn(denoisers: Sequence[Denoiser]) -> Denoiser:
-    """One denoiser for a big batch from one for each `BATCH` pictures of it, so that memory stays bounded while
+def in_turn(denoisers: Sequence[Denoiser], sizes: list[int]) -> Denoiser:
+    """One denoiser for a big batch from one for each part of it, of these sizes, so that memory stays bounded while
     a sampler, and so its noise, sees all pictures at once.
     """
 
     def denoise(x_t: Tensor, t: Tensor) -> Estimate:
-        parts = zip(denoisers, torch.split(x_t, BATCH), torch.split(t.expand(len(x_t)), BATCH), strict=True)
-        return Estimate(torch.cat([one(some_x, some_t).x0 for one, some_x, some_t in parts]))
+        parts = zip(denoisers, torch.split(x_t, sizes), torch.split(t.expand(len(x_t)), sizes), strict=True)
+        estimates = [one(some_x, some_t) for one, some_x, some_t in parts]
+        variances = [estimate.v for estimate in estimates if estimate.v is not None]
+        return Estimate(torch.cat([estimate.x0 for estimate in estimates]), torch.cat(variances) if variances else None)
 
     return denoise
 

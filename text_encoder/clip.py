@@ -5,6 +5,7 @@ Parameter names and config keys are those of transformers' `CLIPTextModel`, as S
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import islice
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -130,7 +131,8 @@ class Layer(nn.Module):
 class TextEncoder(nn.Module):
     """The text tower: `text_encoder(token_ids int64 [B,L]) -> context [B,L,D]`, L at most `max_position_embeddings`.
 
-    The context is the output of the last layer there is, through the final norm. Raises `ValueError` if L is too long.
+    The context is the output of the last layer there is but for `clip_skip`, through the final norm. Raises
+    `ValueError` if L is too long or no layer is left.
     """
 
     def __init__(self, config: TextEncoderConfig) -> None:
@@ -153,13 +155,20 @@ class TextEncoder(nn.Module):
         """
         return cls(TextEncoderConfig.model_validate(config))
 
-    def forward(self, token_ids: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, clip_skip: int = 0) -> Tensor:
         length, positions = token_ids.shape[1], self.config.max_position_embeddings
+        layers = self.config.num_hidden_layers
         if length > positions:
             raise ValueError(
                 f"{length} tokens are too many for the text encoder's {positions} positions; cut the prompt"
             )
-        context: Tensor = self.text_model(token_ids)
+        if not 0 <= clip_skip < layers:
+            raise ValueError(f"clip_skip is {clip_skip}; this text encoder has {layers} layers: give 0 to {layers - 1}")
+        embeddings, encoder, final_layer_norm = self.text_model
+        x = embeddings(token_ids)
+        for layer in islice(encoder.get_submodule("layers").children(), layers - clip_skip):
+            x = layer(x)
+        context: Tensor = final_layer_norm(x)
         return context
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -27,13 +29,14 @@ class Tokens(NamedTuple):
 
 
 class Tokenizer:
-    """`tokenizer([prompts]) -> Tokens`: rows of `max_length` ids, at most `max_length - 2` of them text."""
+    """`tokenizer([prompts]) -> Tokens`: rows of `max_length` ids, at most `room` of them text."""
 
     def __init__(self, backend: tokenizers.Tokenizer, max_length: int, pad_token: str = END) -> None:
         """Raises `ValueError` if the vocabulary lacks a special token."""
-        self.max_length = max_length
+        self.max_length, self.room = max_length, max_length - 2
         self.vocab_size = backend.get_vocab_size()
         self.start_id, self.end_id, self.pad_id = (_id(backend, token) for token in (START, END, pad_token))
+        self.comma_id: int | None = backend.token_to_id(",</w>")
         # Both are done here, where the text that is cut can be told.
         backend.no_truncation()
         backend.no_padding()
@@ -72,13 +75,24 @@ class Tokenizer:
     def _one(self, prompt: str) -> tuple[list[int], str]:
         # Half of a surrogate pair cannot be written in UTF-8.
         text = prompt.encode("utf-8", "replace").decode()
-        room = self.max_length - 2
         head = self.max_length * MAX_CHARACTERS_PER_TOKEN
         encoding = self._backend.encode(text[:head], add_special_tokens=False)
-        words = encoding.ids[:room]
-        end = encoding.offsets[room][0] if len(encoding.ids) > room else head
-        padding = [self.pad_id] * (room - len(words))
-        return [self.start_id, *words, self.end_id, *padding], text[end:].strip()
+        end = encoding.offsets[self.room][0] if len(encoding.ids) > self.room else head
+        return self.row(encoding.ids[: self.room]), text[end:].strip()
+
+    def row(self, words: Sequence[int]) -> list[int]:
+        """Start, words (at most `room`), end, padding: `max_length` ids."""
+        return [self.start_id, *words, self.end_id, *[self.pad_id] * (self.room - len(words))]
+
+    def words(self, text: str) -> list[int]:
+        """The ids of a text of any length. No token is special: "!" is a word here even where it is the padding."""
+        return self._reads_all_as_text.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
+
+    @cached_property
+    def _reads_all_as_text(self) -> tokenizers.Tokenizer:
+        copy = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        copy.encode_special_tokens = True
+        return copy
 
 
 def write_tokenizer(folder: str | os.PathLike[str], max_length: int = 77) -> None:

@@ -49,6 +49,18 @@ def test_equals_transformers(act: str, length: int) -> None:
     torch.testing.assert_close(ours(ids(length)), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("clip_skip", [0, 1, 2])
+@torch.no_grad()
+def test_clip_skip_equals_transformers(clip_skip: int) -> None:
+    theirs = CLIPTextModel(CLIPTextConfig(**CONFIG)).eval()
+    randomized(theirs)
+    ours = TextEncoder.from_transformers_config(theirs.config.to_dict())
+    ours.load_state_dict(with_prefix(theirs.state_dict()), strict=True)
+    hidden = theirs(ids(), output_hidden_states=True).hidden_states[-(clip_skip + 1)]
+    norm = getattr(theirs, "text_model", theirs).final_layer_norm  # where it is depends on the version
+    torch.testing.assert_close(ours(ids(), clip_skip), norm(hidden), atol=1e-5, rtol=0)
+
+
 def test_keys_are_saved_with_the_prefix_and_read_either_way() -> None:
     config = CLIPTextConfig(**CONFIG)
     wrapped = CLIPTextModelWithProjection(config).state_dict()
@@ -153,6 +165,13 @@ def test_too_many_tokens_are_an_error() -> None:
     encoder = TextEncoder.from_transformers_config(CONFIG)
     with pytest.raises(ValueError, match="78 tokens are too many for the text encoder's 77 positions"):
         encoder(ids(78))
+
+
+@pytest.mark.parametrize("clip_skip", [-1, 3])
+def test_leaving_no_layer_is_an_error(clip_skip: int) -> None:
+    encoder = TextEncoder.from_transformers_config(CONFIG)
+    with pytest.raises(ValueError, match=f"clip_skip is {clip_skip}; this text encoder has 3 layers: give 0 to 2"):
+        encoder(ids(), clip_skip)
 
 
 def test_missing_layers_of_open_clip_are_an_error() -> None:

@@ -82,6 +82,35 @@ def test_either_form_on_disk_and_either_padding(folder: Path, tmp_path: Path, dr
     assert torch.equal(tokenizer(ASCII + UNICODE).ids, theirs(made, ASCII + UNICODE))
 
 
+def test_stable_diffusion_1_pads_with_its_end_and_2_with_id_0(folder: Path, tmp_path: Path) -> None:
+    """Both as published: version 2 states its padding in `special_tokens_map.json` alone, against the config."""
+    first = variant(folder, tmp_path / "1", ("tokenizer.json",), pad_token="<|endoftext|>")
+    second = variant(folder, tmp_path / "2", ("tokenizer.json",), pad_token="<|endoftext|>")
+    special = json.loads((second / "special_tokens_map.json").read_text())
+    (second / "special_tokens_map.json").write_text(json.dumps(special | {"pad_token": "!"}))
+    start, a, house, end = 49406, 320, 1212, 49407
+    for made, pad, mark in ((first, end, 256), (second, 0, 0)):
+        tokenizer = Tokenizer.from_folder(made)
+        assert tokenizer(["a house", "a house!", ""]).ids.tolist() == [
+            [start, a, house, end] + [pad] * 73,
+            [start, a, house, mark, end] + [pad] * 72,
+            [start, end] + [pad] * 75,
+        ]
+        assert tokenizer.row([a, house]) == [start, a, house, end] + [pad] * 73
+        assert tokenizer.words("a house!") == [a, house, 256]
+        assert torch.equal(tokenizer(ASCII).ids, theirs(made, ASCII))
+
+
+def test_words_of_any_length_and_none_special(tokenizer: Tokenizer) -> None:
+    assert tokenizer.words("") == []
+    assert tokenizer.words("a house, " * 100) == [320, 1212, tokenizer.comma_id] * 100
+    assert not {tokenizer.start_id, tokenizer.end_id} & set(tokenizer.words("a <|startoftext|> b <|endoftext|>"))
+    assert tokenizer.words("a \ud800 b") == tokenizer.words("a ? b")
+    for text in (*ASCII, *UNICODE[:3]):
+        words = tokenizer.words(text)
+        assert tokenizer([text]).ids[0].tolist() == tokenizer.row(words)
+
+
 def test_padding_may_be_stated_as_an_object_and_the_config_alone(folder: Path, tmp_path: Path) -> None:
     stated = {
         "__type": "AddedToken",
