@@ -1,4 +1,4 @@
-"""The layers of the U-Net: residual blocks, transformer blocks, time embedding, resampling.
+"""The layers of the U-Net around its blocks: transformer blocks, time embedding, resampling.
 
 Attribute names are those of a published Stable Diffusion U-Net, so that its state dict loads without renaming. The last
 layer of every residual branch starts at zero (Ho et al. 2020, arXiv 2006.11239, released code): a new network is the
@@ -36,37 +36,20 @@ def sinusoidal_embedding(t: Tensor, width: int, *, cosine_first: bool = True, sh
 
 
 class TimeEmbedding(nn.Module):
-    """Two-layer perceptron on the sinusoidal embedding: [B, in_features] -> [B, out_features]."""
+    """Two-layer perceptron on the sinusoidal embedding of times t [B], of any dtype: [B, features]."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, width: int, features: int, *, cosine_first: bool, shift: float) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(in_features, out_features)
-        self.linear_2 = nn.Linear(out_features, out_features)
+        self.width, self.cosine_first, self.shift = width, cosine_first, shift
+        self.linear_1 = nn.Linear(width, features)
+        self.linear_2 = nn.Linear(features, features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear_2(F.silu(self.linear_1(x)))
-        return out
-
-
-class ResidualBlock(nn.Module):
-    """Two convolutions with the time added between them: x [B,C,h,w], activated time [B,T] -> [B,C',h,w]."""
-
-    def __init__(self, in_channels: int, out_channels: int, time_features: int, groups: int, eps: float) -> None:
-        super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_features, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
-        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        if in_channels != out_channels:
-            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-        self.changes_width = in_channels != out_channels
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(time)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        out: Tensor = h + (self.conv_shortcut(x) if self.changes_width else x)
+    def forward(self, t: Tensor) -> Tensor:
+        dtype = self.linear_1.weight.dtype
+        # bfloat16 cannot tell t = 999 from t = 1000: the sines are taken in float32 whatever the weights are.
+        t = t.to(torch.promote_types(dtype, torch.float32))
+        waves = sinusoidal_embedding(t, self.width, cosine_first=self.cosine_first, shift=self.shift)
+        out: Tensor = self.linear_2(F.silu(self.linear_1(waves.to(dtype))))
         return out
 
 

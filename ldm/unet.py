@@ -5,23 +5,13 @@ use it. Parameters and config keys are named as in diffusers' `UNet2DConditionMo
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.layers import (
-    Downsample,
-    ResidualBlock,
-    SpatialTransformer,
-    TimeEmbedding,
-    Upsample,
-    sinusoidal_embedding,
-    zeroed,
-)
+from ldm.blocks import BLOCKS, Block, BlockType, DownBlock, MidBlock, UpBlock
+from ldm.layers import Downsample, SpatialTransformer, TimeEmbedding, Upsample, zeroed
 
-Resnets = list[ResidualBlock]
-Attentions = list[SpatialTransformer]
 Count = Annotated[int, Field(ge=1, le=65536)]
 DownType = Literal["CrossAttnDownBlock2D", "DownBlock2D"]
 UpType = Literal["CrossAttnUpBlock2D", "UpBlock2D"]
@@ -33,6 +23,8 @@ class UNetConfig(BaseModel, frozen=True):
     A key without a part in this network may hold only its neutral value. `attention_head_dim` is the *number* of heads,
     as in every published folder; `num_attention_heads`, where given, goes before it. `upcast_attention` may be either:
     fused attention keeps its scores in float32 anyway. `sample_size` is the latent size trained at, in cells.
+
+    `block_type` alone is not diffusers': what stands where its networks have residual blocks (`ldm.blocks`).
     """
 
     sample_size: Count | tuple[Count, Count] | None = None
@@ -51,6 +43,10 @@ class UNetConfig(BaseModel, frozen=True):
     upcast_attention: bool = False
     flip_sin_to_cos: bool = True
     freq_shift: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    class_embed_type: Literal[None, "timestep", "identity"] = None
+    num_class_embeds: Count | None = None
+    block_type: BlockType = "residual"
 
     mid_block_type: Literal["UNetMidBlock2DCrossAttn"] = "UNetMidBlock2DCrossAttn"
     act_fn: Literal["silu", "swish"] = "silu"
@@ -65,14 +61,11 @@ class UNetConfig(BaseModel, frozen=True):
     dropout: Literal[0] = 0
     encoder_hid_dim: Literal[None] = None
     encoder_hid_dim_type: Literal[None] = None
-    class_embed_type: Literal[None] = None
-    num_class_embeds: Literal[None] = None
     class_embeddings_concat: Literal[False] = False
     projection_class_embeddings_input_dim: Literal[None] = None
     addition_embed_type: Literal[None] = None
     addition_embed_type_num_heads: Literal[64] = 64
     addition_time_embed_dim: Literal[None] = None
-    resnet_time_scale_shift: Literal["default"] = "default"
     resnet_skip_time_act: Literal[False] = False
     resnet_out_scale_factor: Literal[1] = 1
     time_embedding_type: Literal["positional"] = "positional"
@@ -84,6 +77,14 @@ class UNetConfig(BaseModel, frozen=True):
     conv_out_kernel: Literal[3] = 3
     attention_type: Literal["default"] = "default"
     cross_attention_norm: Literal[None] = None
+
+    @model_serializer(mode="wrap")
+    def _write(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A network that diffusers has too is written in diffusers' keys alone."""
+        written: dict[str, Any] = handler(self)
+        if self.block_type == "residual":
+            written.pop("block_type", None)
+        return written
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -116,91 +117,60 @@ class UNetConfig(BaseModel, frozen=True):
         return self
 
 
-class DownBlock(nn.Module):
-    """One level on the way down: x [B,C,h,w] -> x of half the size, and every feature map left for the way up."""
-
-    def __init__(self, resnets: Resnets, attentions: Attentions, down: Downsample | None) -> None:
-        super().__init__()
-        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
-        self.downsamplers = nn.ModuleList([] if down is None else [down])
-
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
-        skips = []
-        for index, resnet in enumerate(self.resnets):
-            x = resnet(x, time)
-            if self.attentions:
-                x = self.attentions[index](x, context)
-            skips.append(x)
-        return skips + [downsample(x) for downsample in self.downsamplers]
-
-
-class MidBlock(nn.Module):
-    """Residual block, transformer, residual block at the smallest size."""
-
-    def __init__(self, resnets: Resnets, attentions: Attentions) -> None:
-        super().__init__()
-        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
-
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, time), context)
-        out: Tensor = self.resnets[1](x, time)
-        return out
-
-
-class UpBlock(nn.Module):
-    """One level on the way up; each residual block takes the last of `skips` off the list and reads it too."""
-
-    def __init__(self, resnets: Resnets, attentions: Attentions, up: Upsample | None) -> None:
-        super().__init__()
-        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
-        self.upsamplers = nn.ModuleList([] if up is None else [up])
-
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
-        for index, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat((x, skips.pop()), dim=1), time)
-            if self.attentions:
-                x = self.attentions[index](x, context)
-        for upsample in self.upsamplers:
-            x = upsample(x, skips[-1].shape[2:])
-        return x
-
-
 class UNet(nn.Module):
     """Predict from noisy latents: `unet(latents [B,C,h,w], t [B], context [B,L,D]) -> [B,C',h,w]`.
 
     `t` is in training steps, 0 the least noisy, of any integer or real dtype; one number stands for the whole batch.
     `latents` and `context` have the weights' dtype, except under autocast. Any h and w of at least one cell will do.
+    An unconditional network is given a context of one token of zeros.
+
+    A network with classes takes `class_labels` too (`ldm.conditioning.Labelled` holds them fixed): indices [B]; or, by
+    `class_embed_type`, numbers [B] ("timestep") or embeddings [B, 4 * width] ("identity"). An index beyond the classes'
+    own can stand for none of them, as classifier-free guidance needs it.
     """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
         widths, layers, groups = config.block_out_channels, config.layers_per_block, config.norm_num_groups
+        features = 4 * widths[0]
 
-        def residual(in_channels: int, out_channels: int) -> ResidualBlock:
-            return ResidualBlock(in_channels, out_channels, 4 * widths[0], groups, config.norm_eps)
+        def embedding() -> TimeEmbedding:
+            return TimeEmbedding(widths[0], features, cosine_first=config.flip_sin_to_cos, shift=config.freq_shift)
+
+        def block(in_channels: int, out_channels: int) -> Block:
+            scale_shift = config.resnet_time_scale_shift == "scale_shift"
+            shape = in_channels, out_channels, features, groups, config.norm_eps
+            return BLOCKS[config.block_type](*shape, scale_shift=scale_shift)
 
         def transformer(level: int) -> SpatialTransformer:
             shape = widths[level], config.heads[level], config.cross_attention_dim, groups
             return SpatialTransformer(*shape, linear=config.use_linear_projection)
 
-        self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
+        self.time_embedding = embedding()
+        self.class_embedding: nn.Module | None = None
+        if config.class_embed_type == "timestep":
+            self.class_embedding = embedding()
+        elif config.class_embed_type == "identity":
+            self.class_embedding = nn.Identity()
+        elif config.num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(config.num_class_embeds, features)
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
             above, below = widths[max(level - 1, 0)], widths[min(level + 1, len(widths) - 1)]
-            resnets = [residual(width if i else above, width) for i in range(layers)]
+            resnets = [block(width if i else above, width) for i in range(layers)]
             attending = layers if config.down_block_types[level] == "CrossAttnDownBlock2D" else 0
             attentions = [transformer(level) for _ in range(attending)]
             last = level + 1 == len(widths)
             self.down_blocks.append(DownBlock(resnets, attentions, None if last else Downsample(width)))
             # The way up meets this level's feature maps in reverse; the last one is what came into the level.
             sources = [width if i else below for i in range(layers + 1)]
-            resnets = [residual(x + skip, width) for x, skip in zip(sources, [width] * layers + [above], strict=True)]
+            resnets = [block(x + skip, width) for x, skip in zip(sources, [width] * layers + [above], strict=True)]
             attending = layers + 1 if config.up_block_types[-1 - level] == "CrossAttnUpBlock2D" else 0
             attentions = [transformer(level) for _ in range(attending)]
             self.up_blocks.insert(0, UpBlock(resnets, attentions, None if level == 0 else Upsample(width)))
-        self.mid_block = MidBlock([residual(widths[-1], widths[-1]) for _ in range(2)], [transformer(-1)])
+        self.mid_block = MidBlock([block(widths[-1], widths[-1]) for _ in range(2)], [transformer(-1)])
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], config.norm_eps)
         self.conv_out = zeroed(nn.Conv2d(widths[0], config.out_channels, 3, padding=1))
 
@@ -212,22 +182,25 @@ class UNet(nn.Module):
         """
         return cls(UNetConfig.model_validate(config))
 
-    def forward(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        time = self._embed_time(t.to(latents.device).expand(len(latents)))
+    def forward(self, latents: Tensor, t: Tensor, context: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Raises ValueError for class labels that are missing, or given to a network without classes."""
+        emb = self._embed(t.to(latents.device).expand(len(latents)), class_labels)
         skips = [self.conv_in(latents)]
         for block in self.down_blocks:
-            skips += block(skips[-1], time, context)
-        x = self.mid_block(skips[-1], time, context)
+            skips += block(skips[-1], emb, context)
+        x = self.mid_block(skips[-1], emb, context)
         for block in self.up_blocks:
-            x = block(x, skips, time, context)
+            x = block(x, skips, emb, context)
         out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
         return out
 
-    def _embed_time(self, t: Tensor) -> Tensor:
-        """Embedding of t [B], activated once for all the residual blocks: [B, 4 * width]."""
-        config, dtype = self.config, self.conv_in.weight.dtype
-        # bfloat16 cannot tell t = 999 from t = 1000: the sines are taken in float32 whatever the weights are.
-        t = t.to(torch.promote_types(dtype, torch.float32))
-        width, cosine_first = config.block_out_channels[0], config.flip_sin_to_cos
-        waves = sinusoidal_embedding(t, width, cosine_first=cosine_first, shift=config.freq_shift)
-        return F.silu(self.time_embedding(waves.to(dtype)))
+    def _embed(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        """Embedding of t [B] plus that of the classes, activated once for all the blocks: [B, 4 * width]."""
+        emb: Tensor = self.time_embedding(t)
+        if self.class_embedding is None:
+            if class_labels is not None:
+                raise ValueError("class_labels are given, but the network has no classes: leave them out")
+            return F.silu(emb)
+        if class_labels is None:
+            raise ValueError("class_labels are missing, but the network has classes: give one for each of the latents")
+        return F.silu(emb + self.class_embedding(class_labels.to(emb.device)).to(emb.dtype))

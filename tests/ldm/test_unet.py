@@ -42,6 +42,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "in_channels": 9,
         "out_channels": 8,
     },
+    "adaptive group norm": {
+        **SMALL,
+        **THREE,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 2,
+        "layers_per_block": 1,
+        "resnet_time_scale_shift": "scale_shift",
+    },
     "one level, attention only on the way up": {
         **SMALL,
         "block_out_channels": (16,),
@@ -51,6 +60,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 CONFIG = CONFIGS["convolutional projections, like SD 1"]
+CLASSES: dict[str, tuple[dict[str, Any], Tensor]] = {
+    "indices": ({"num_class_embeds": 10}, torch.tensor([3, 9])),
+    "numbers": ({"class_embed_type": "timestep", "freq_shift": 1, "flip_sin_to_cos": False}, torch.tensor([250, 3])),
+    "fractions": ({"class_embed_type": "timestep", "num_class_embeds": 5}, torch.tensor([0.5, 30.25])),
+    "embeddings": ({"class_embed_type": "identity"}, torch.randn(2, 64, generator=torch.Generator().manual_seed(2))),
+}
 SD15 = {
     "_class_name": "UNet2DConditionModel",
     "sample_size": 64,
@@ -91,11 +106,60 @@ def test_equals_diffusers(name: str, size: tuple[int, int]) -> None:
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
 
 
-def test_gradients_equal_diffusers() -> None:
-    ours, theirs = pair(CONFIG)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", CLASSES)
+@torch.no_grad()
+def test_classes_equal_diffusers(kind: str, dtype: torch.dtype) -> None:
+    change, labels = CLASSES[kind]
+    config = {**CONFIG, **change}
+    ours, theirs = (network.to(dtype) for network in pair(config))
+    latents, t, context = (tensor.to(dtype) for tensor in inputs(config))
+    expected = theirs(latents, t, context, class_labels=labels).sample
+    torch.testing.assert_close(ours(latents, t, context, labels), expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(ours(latents, t, context, labels.flip(0)), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@torch.no_grad()
+def test_classes_in_bfloat16(kind: str) -> None:
+    change, labels = CLASSES[kind]
+    config = {**CONFIG, **change}
+    ours, _ = pair(config)
+    latents, t, context = inputs(config)
+    expected = ours(latents, t, context, labels)
+    out = ours.bfloat16()(latents.bfloat16(), t, context.bfloat16(), labels)
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - expected).norm() < 0.03 * expected.norm()
+
+
+def test_class_labels_are_given_where_there_are_classes_and_nowhere_else() -> None:
     latents, t, context = inputs(CONFIG)
-    ours(latents, t, context).square().mean().backward()
-    theirs(latents, t, context).sample.square().mean().backward()
+    with pytest.raises(ValueError, match="the network has no classes: leave them out"):
+        UNet.from_diffusers_config(CONFIG)(latents, t, context, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="class_labels are missing, but the network has classes"):
+        UNet.from_diffusers_config({**CONFIG, "num_class_embeds": 2})(latents, t, context)
+
+
+@torch.no_grad()
+def test_zeros_are_no_context() -> None:
+    ours, _ = pair(CONFIG)
+    latents, t, context = inputs(CONFIG)
+    expected = ours(latents, t, torch.zeros(2, 1, 20))
+    torch.testing.assert_close(ours(latents, t, torch.zeros_like(context)), expected, atol=1e-6, rtol=0)
+    assert not torch.allclose(ours(latents, t, context), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "labels"),
+    [({}, None), ({"resnet_time_scale_shift": "scale_shift", "num_class_embeds": 10}, torch.tensor([3, 9]))],
+    ids=["stock", "adaptive group norm and classes"],
+)
+def test_gradients_equal_diffusers(change: dict[str, Any], labels: Tensor | None) -> None:
+    config = {**CONFIG, **change}
+    ours, theirs = pair(config)
+    latents, t, context = inputs(config)
+    ours(latents, t, context, labels).square().mean().backward()
+    theirs(latents, t, context, class_labels=labels).sample.square().mean().backward()
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-6, rtol=1e-4, msg=name)
@@ -193,7 +257,10 @@ def test_every_key_of_diffusers_is_known_with_the_same_default() -> None:
     ("change", "message"),
     [
         ({"act_fn": "mish"}, r"act_fn\n  Input should be 'silu' or 'swish'"),
-        ({"class_embed_type": "timestep"}, "class_embed_type\n  Input should be None"),
+        ({"class_embed_type": "projection"}, "class_embed_type\n  Input should be None, 'timestep' or 'identity'"),
+        ({"num_class_embeds": 0}, "num_class_embeds\n  Input should be greater than or equal to 1"),
+        ({"resnet_time_scale_shift": "spatial"}, "time_scale_shift\n  Input should be 'default' or 'scale_shift'"),
+        ({"block_type": "dense"}, "block_type\n  Input should be 'residual', 'convnext' or 'channel_attention'"),
         ({"dropout": 0.1}, "dropout\n  Input should be 0"),
         ({"layers_per_block": [1, 2, 2]}, "layers_per_block\n  Input should be a valid integer"),
         ({"in_channels": 0}, "in_channels\n  Input should be greater than or equal to 1"),

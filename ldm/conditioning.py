@@ -1,0 +1,53 @@
+"""A network that is told more than time and context becomes one that is not: (latents, t, context) -> output.
+
+What it is told is held fixed, for `make_denoiser` or for one training step. Where a batch holds several times as many
+latents, such as guidance's two halves, each part is told the same.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Labelled(nn.Module):
+    """A network with classes at fixed `class_labels` [B, ...], which it takes as its fourth argument.
+
+    Classifier-free guidance of the classes themselves (Ho and Salimans 2022) takes labels [2B], the null class first.
+    """
+
+    def __init__(self, network: nn.Module, class_labels: Tensor) -> None:
+        super().__init__()
+        self.network, self.class_labels = network, class_labels
+
+    def forward(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """Raises ValueError for a batch of latents that is no multiple of the labels'."""
+        out: Tensor = self.network(latents, t, context, _repeated(self.class_labels, latents))
+        return out
+
+
+class Concatenated(nn.Module):
+    """A network that reads `extra` [B,C,h,w] as further channels behind the latents (Rombach et al. 2022, figure 3).
+
+    Masked latents for inpainting and a small picture's for super-resolution are such channels. The network has C input
+    channels more than the latents.
+    """
+
+    def __init__(self, network: nn.Module, extra: Tensor) -> None:
+        super().__init__()
+        self.network, self.extra = network, extra
+
+    def forward(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """Raises ValueError for latents of another height or width, or a batch that is no multiple of `extra`'s."""
+        if latents.shape[2:] != self.extra.shape[2:]:
+            raise ValueError(
+                f"extra is {tuple(self.extra.shape)}, but the latents are {tuple(latents.shape)}: resize it"
+            )
+        extra = _repeated(self.extra.to(latents), latents)
+        out: Tensor = self.network(torch.cat((latents, extra), dim=1), t, context)
+        return out
+
+
+def _repeated(told: Tensor, latents: Tensor) -> Tensor:
+    copies, rest = divmod(len(latents), len(told))
+    if rest:
+        raise ValueError(f"{len(latents)} latents are no multiple of the {len(told)} that the network is told about")
+    return told.repeat(copies, *[1] * (told.ndim - 1))
