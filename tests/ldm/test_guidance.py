@@ -54,14 +54,15 @@ def test_guiding_x0_is_guiding_the_output(prediction, scale, inputs):
 
 
 @torch.no_grad()
-def test_scale_one_runs_the_conditional_half_alone(inputs):
+@pytest.mark.parametrize(("scale", "rescale"), [(1.0, 0.7), (0.0, 0.0)])
+def test_scale_one_and_zero_run_one_half_alone(scale, rescale, inputs):
     x_t, t, cond, uncond = inputs
     network = RecordingNetwork()
     denoise = make_denoiser(network, SCHEDULE, "eps")
-    estimate = classifier_free(denoise, cond, uncond, 1.0, rescale=0.7)(x_t, t)
+    estimate = classifier_free(denoise, cond, uncond, scale, rescale)(x_t, t)
     assert len(network.calls) == 1
     assert network.calls[0][0].shape == x_t.shape
-    assert torch.equal(estimate.x0, denoise(x_t, t, cond).x0)
+    assert torch.equal(estimate.x0, denoise(x_t, t, cond if scale == 1 else uncond).x0)
 
 
 @torch.no_grad()
