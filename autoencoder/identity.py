@@ -1,7 +1,7 @@
 """No autoencoder at all: the latents are the pixels, for diffusion models of plain images (Ho et al. 2020)."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ class IdentityAutoencoderConfig(BaseModel, frozen=True):
     """The pixels' channels; the other fields are what `AutoencoderConfig` has for everybody to read."""
 
     latent_channels: int = Field(3, ge=1)
-    scaling_factor: Literal[1.0] = 1.0
+    scaling_factor: float = Field(1.0, ge=1, le=1)
 
 
 class IdentityAutoencoder(nn.Module):

@@ -1,9 +1,9 @@
-"""The KL autoencoder of latent diffusion (Rombach et al. 2022, appendix G.1), parameters named as published.
+"""Encoder, decoder and the KL autoencoder of latent diffusion (Rombach et al. 2022, appendix G.1), named as published.
 
 images [B,3,H,W] in [-1,1] -> latents [B,C,H/f,W/f] -> images, f = 2 ** (levels - 1).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,30 +14,25 @@ from torch import Tensor, nn
 from autoencoder.bottleneck import DiagonalGaussian, Generators, unit_noise
 
 
-class AutoencoderConfig(BaseModel, frozen=True):
-    """The fields of diffusers' `AutoencoderKL` config; what is not supported must keep its neutral value."""
+class CoderConfig(BaseModel, frozen=True):
+    """What the configs of all autoencoders say of encoder and decoder, in diffusers' names."""
 
     in_channels: int = Field(3, ge=1)
     out_channels: int = Field(3, ge=1)
     block_out_channels: tuple[int, ...] = Field((64,), min_length=1)
-    down_block_types: tuple[Literal["DownEncoderBlock2D"], ...] = ("DownEncoderBlock2D",)
-    up_block_types: tuple[Literal["UpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
+    down_block_types: tuple[Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"], ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
     layers_per_block: int = Field(1, ge=1, le=16)
     act_fn: Literal["silu"] = "silu"
     latent_channels: int = Field(4, ge=1)
     norm_num_groups: int = Field(32, ge=1)
     sample_size: int | tuple[int, ...] = 32
     scaling_factor: float = Field(0.18215, gt=0, allow_inf_nan=False)
-    shift_factor: Literal[None] = None
-    latents_mean: Literal[None] = None
-    latents_std: Literal[None] = None
-    force_upcast: bool = True  # concerns float16 alone, which this model is not run in
-    use_quant_conv: Literal[True] = True
-    use_post_quant_conv: Literal[True] = True
+    force_upcast: bool = True  # concerns float16 alone, which no autoencoder is run in
     mid_block_add_attention: bool = True
 
     @model_validator(mode="after")
-    def _levels_agree(self) -> "AutoencoderConfig":
+    def _levels_agree(self) -> "CoderConfig":
         levels = len(self.block_out_channels)
         if len(self.down_block_types) != levels or len(self.up_block_types) != levels:
             raise ValueError(
@@ -46,6 +41,21 @@ class AutoencoderConfig(BaseModel, frozen=True):
         if any(channels % self.norm_num_groups for channels in self.block_out_channels):
             raise ValueError(f"norm_num_groups {self.norm_num_groups} must divide each of {self.block_out_channels}")
         return self
+
+    @property
+    def downsampling_factor(self) -> int:
+        """Pixels per latent, along height and width."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+
+class AutoencoderConfig(CoderConfig, frozen=True):
+    """The fields of diffusers' `AutoencoderKL` config; what is not supported must keep its neutral value."""
+
+    shift_factor: Literal[None] = None
+    latents_mean: Literal[None] = None
+    latents_std: Literal[None] = None
+    use_quant_conv: Literal[True] = True
+    use_post_quant_conv: Literal[True] = True
 
 
 class ResidualBlock(nn.Module):
@@ -123,37 +133,51 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then the step to the next, published as `downsamplers` or `upsamplers`."""
+    """Residual blocks at one resolution, each followed by attention or none of them, then the step to the next."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, layers: int, groups: int, resample: tuple[str, nn.Module] | None
+        self,
+        in_channels: int,
+        out_channels: int,
+        layers: int,
+        groups: int,
+        attention: bool,
+        downsamplers: Sequence[nn.Module] = (),
+        upsamplers: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         inputs = [in_channels] + [out_channels] * (layers - 1)
         self.resnets = nn.ModuleList([ResidualBlock(channels, out_channels, groups) for channels in inputs])
-        if resample is not None:
-            name, module = resample
-            self.add_module(name, nn.ModuleList([module]))
+        self.attentions = nn.ModuleList(
+            [AttentionBlock(out_channels, groups) if attention else nn.Identity() for _ in inputs]
+        )
+        self.downsamplers = nn.ModuleList(downsamplers)
+        self.upsamplers = nn.ModuleList(upsamplers)
 
     def forward(self, x: Tensor) -> Tensor:
-        for children in self.children():
-            for module in children.children():
-                x = module(x)
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = attention(resnet(x))
+        for step in (*self.downsamplers, *self.upsamplers):
+            x = step(x)
         return x
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: AutoencoderConfig) -> None:
+    """images [B,3,H,W] -> [B,out_channels,h,w]: what the bottleneck needs to know."""
+
+    def __init__(self, config: CoderConfig, out_channels: int) -> None:
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
-        for inputs, outputs, last in zip((widths[0], *widths), widths, _is_last(widths), strict=False):
-            step = None if last else ("downsamplers", Downsample(outputs))
-            self.down_blocks.append(Level(inputs, outputs, config.layers_per_block, groups, step))
+        for inputs, outputs, kind, last in _levels(widths, config.down_block_types):
+            step = [] if last else [Downsample(outputs)]
+            attention = kind == "AttnDownEncoderBlock2D"
+            level = Level(inputs, outputs, config.layers_per_block, groups, attention, downsamplers=step)
+            self.down_blocks.append(level)
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(images)
@@ -165,15 +189,19 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: AutoencoderConfig) -> None:
+    """Unscaled latents [B,C,h,w], as the bottleneck lets them through -> images [B,3,H,W]."""
+
+    def __init__(self, config: CoderConfig) -> None:
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
         self.up_blocks = nn.ModuleList()
-        for inputs, outputs, last in zip((widths[0], *widths), widths, _is_last(widths), strict=False):
-            step = None if last else ("upsamplers", Upsample(outputs))
-            self.up_blocks.append(Level(inputs, outputs, config.layers_per_block + 1, groups, step))
+        for inputs, outputs, kind, last in _levels(widths, config.up_block_types):
+            step = [] if last else [Upsample(outputs)]
+            attention = kind == "AttnUpDecoderBlock2D"
+            level = Level(inputs, outputs, config.layers_per_block + 1, groups, attention, upsamplers=step)
+            self.up_blocks.append(level)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
@@ -185,8 +213,22 @@ class Decoder(nn.Module):
         return out
 
 
-def _is_last(items: tuple[int, ...]) -> list[bool]:
-    return [False] * (len(items) - 1) + [True]
+def _levels(widths: tuple[int, ...], kinds: tuple[str, ...]) -> Iterator[tuple[int, int, str, bool]]:
+    """Of each level, in order: channels in, channels out, kind, whether it is the last."""
+    is_last = [False] * (len(widths) - 1) + [True]
+    return zip((widths[0], *widths[:-1]), widths, kinds, is_last, strict=True)
+
+
+@torch.no_grad()
+def fold_in(mean: Tensor, std: Tensor, quant_conv: nn.Conv2d, post_quant_conv: nn.Conv2d) -> None:
+    """z' = (z - mean) / std, both [C], into the first C rows of one 1x1 convolution, its inverse into the other."""
+    channels = len(mean)
+    assert quant_conv.bias is not None
+    assert post_quant_conv.bias is not None
+    quant_conv.weight[:channels] /= std[:, None, None, None]
+    quant_conv.bias[:channels] = (quant_conv.bias[:channels] - mean) / std
+    post_quant_conv.bias += post_quant_conv.weight[:, :, 0, 0] @ mean
+    post_quant_conv.weight *= std[None, :, None, None]
 
 
 class Autoencoder(nn.Module):
@@ -195,9 +237,9 @@ class Autoencoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
         channels = config.latent_channels
+        self.encoder = Encoder(config, 2 * channels)
+        self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.post_quant_conv = nn.Conv2d(channels, channels, 1)
 
@@ -212,7 +254,7 @@ class Autoencoder(nn.Module):
     @property
     def downsampling_factor(self) -> int:
         """Pixels per latent, along height and width."""
-        return int(2 ** (len(self.config.block_out_channels) - 1))
+        return self.config.downsampling_factor
 
     def posterior(self, images: Tensor) -> DiagonalGaussian:
         """q(z|x) of images [B,3,H,W] in [-1,1], before scaling."""
@@ -244,11 +286,6 @@ class Autoencoder(nn.Module):
         z' = (z - mean) / std is folded exactly into the 1x1 convolutions: into the rows of means and log-variances of
         `quant_conv`, and its inverse into the columns of `post_quant_conv`.
         """
-        channels = len(mean)
+        fold_in(mean, std, self.quant_conv, self.post_quant_conv)
         assert self.quant_conv.bias is not None
-        assert self.post_quant_conv.bias is not None
-        self.quant_conv.weight[:channels] /= std[:, None, None, None]
-        self.quant_conv.bias[:channels] = (self.quant_conv.bias[:channels] - mean) / std
-        self.quant_conv.bias[channels:] -= 2 * std.log()
-        self.post_quant_conv.bias += self.post_quant_conv.weight[:, :, 0, 0] @ mean
-        self.post_quant_conv.weight *= std[None, :, None, None]
+        self.quant_conv.bias[len(mean) :] -= 2 * std.log()

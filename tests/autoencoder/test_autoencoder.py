@@ -80,6 +80,16 @@ def test_equals_diffusers(levels: int, attention: bool) -> None:
 
 
 @torch.no_grad()
+def test_attention_at_the_lower_levels() -> None:
+    down = ["DownEncoderBlock2D", *["AttnDownEncoderBlock2D"] * 2]
+    up = [*["AttnUpDecoderBlock2D"] * 2, "UpDecoderBlock2D"]
+    ours, theirs = make_pair({**small(3), "down_block_types": down, "up_block_types": up})
+    latents = ours.encode(pictures())
+    torch.testing.assert_close(latents, theirs.encode(pictures()).latent_dist.mode() * 0.3, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.decode(latents), theirs.decode(latents / 0.3).sample, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_pictures_need_not_be_square() -> None:
     ours, theirs = make_pair(small(2))
     images = pictures()[:, :, :8]
@@ -142,7 +152,7 @@ def test_wrong_number_of_generators() -> None:
         ({"latent_channels": 0}, "latent_channels"),
         ({"shift_factor": 0.1}, "shift_factor"),
         ({"use_quant_conv": False}, "use_quant_conv"),
-        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "down_block_types"),
+        ({"down_block_types": ["AttnDownBlock2D"] * 2}, "down_block_types"),
         ({"up_block_types": ["UpDecoderBlock2D"]}, "2 levels"),
         ({"norm_num_groups": 5}, "norm_num_groups"),
     ],
