@@ -33,9 +33,9 @@ NOT_TOLD_X0 = {
 def diffusers_sampler(name: str) -> Sampler:
     """The scheduler of class `name`, such as "UniPCMultistepScheduler", with diffusers' default settings, as a sampler.
 
-    It computes in float32, as diffusers does, and needs a grid that ends clean. Where a step takes several evaluations,
-    `on_step` gets the x0 of the last. Noise that the scheduler draws comes from `randn`, which some call at the last
-    step too, where it adds nothing. A learned variance goes unused.
+    It computes in float32, as diffusers does, and needs a grid that ends clean, except DDIM's and PNDM's. Where a step
+    takes several evaluations, `on_step` gets the x0 of the last. Noise that the scheduler draws comes from `randn`,
+    which some call at the last step too, where it adds nothing. A learned variance goes unused.
 
     Raises:
         ValueError: an unknown name or a scheduler of another kind; diffusers, or what the scheduler needs beside it, is
@@ -69,13 +69,15 @@ def diffusers_sampler(name: str) -> Sampler:
         on_step: StepHook | None = None,
     ) -> Tensor:
         *levels, end = levels_of(schedule, timesteps, SMALLEST_SIGNAL)
-        if end.sigma > 0:
-            raise ValueError(f"the grid ends at {end.t:g}, but diffusers' {name} ends clean, at {schedule.clean:g}")
         # Row 0 is the least noisy time, as in every table of training times.
         levels.reverse()
         alphas_cumprod = torch.tensor([level.alpha**2 for level in levels], dtype=torch.float64)
         table = NoiseSchedule.from_alphas_cumprod(alphas_cumprod)
         scheduler = _scheduler(scheduler_class, table)
+        if end.sigma > 0:
+            if not hasattr(scheduler, "final_alpha_cumprod"):
+                raise ValueError(f"the grid ends at {end.t:g}, but diffusers' {name} ends clean, at {schedule.clean:g}")
+            scheduler.final_alpha_cumprod = torch.tensor(end.alpha**2, dtype=torch.float64)
         kind = prediction.PREDICTIONS[scheduler.config.prediction_type]
         rows = scheduler.timesteps.tolist()
         ends, last = _ends_of_steps(rows), len(rows) - 1

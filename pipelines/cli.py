@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ import typer
 from typer.exceptions import TyperException
 
 from pipelines import __version__
-from pipelines.errors import one_line_errors
+from pipelines.errors import notice, one_line_errors
 
 if TYPE_CHECKING:
     from pipelines.text_to_image import TextToImageOutput, TextToImagePipeline
@@ -54,7 +55,10 @@ def render(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="PNG file to write; by default named after prompt and seed.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Stable Diffusion folder; by default the built-in model.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Stable Diffusion folder, single file or hub:OWNER/NAME; by default the built-in model."),
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="What the picture should not show.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps; by default the model's own number.")] = None,
     guidance: Annotated[float | None, typer.Option(help="How strictly to follow the prompt; 1 is unguided.")] = None,
@@ -104,6 +108,53 @@ def render(
         print(json.dumps({"pictures": pictures, "seconds": seconds, **record}))
 
 
+Prediction = Annotated[
+    str | None, typer.Option(help="epsilon, sample or v_prediction; by default what the model says.")
+]
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Stable Diffusion folder, single file or hub:OWNER/NAME.")],
+    destination: Annotated[Path, typer.Argument(help="A file that ends in .safetensors, or a folder.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 (fp32, bf16, fp16); by default each tensor's own.")
+    ] = None,
+    prediction: Prediction = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Take the moving average of the U-Net's weights.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read a .ckpt; nothing but its tensors is built.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as a last line of JSON.")] = False,
+) -> None:
+    """Turns a model folder into a single file or back, proves that nothing was lost, and prints its path."""
+    from pipelines.convert import convert
+    from pipelines.runtime import pick_device, pick_dtype
+
+    wanted = None if dtype is None else pick_dtype(dtype, pick_device("cpu"))
+    certificate = convert(source, destination, wanted, prediction, ema, allow_pickle)
+    for line in certificate.lines():
+        notice(line)
+    print(destination)
+    if as_json:
+        print(json.dumps(asdict(certificate)))
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Stable Diffusion folder, single file or hub:OWNER/NAME; by default the built-in model."),
+    ] = None,
+    prediction: Prediction = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+) -> None:
+    """Tells what a model is: family, prediction type and why, sizes, dtypes, odd keys. Never unpickles."""
+    from pipelines.inspection import inspect_model
+
+    print(json.dumps(asdict(inspect_model(model, prediction)), indent=None if as_json else 2))
+
+
 def output_paths(output: Path | None, prompt: str, seed: int, count: int) -> list[Path]:
     """Where the pictures go: a named file is replaced (`X-0.png`, `X-1.png`, ... for several); a file that is named
     after the prompt never is.
@@ -121,8 +172,8 @@ def write_pictures(pipe: "TextToImagePipeline", out: "TextToImageOutput", paths:
     from pipelines.loading import DEFAULT_MODEL, weight_files
     from pipelines.png import weights_sha256, write_png
 
-    request, folder = out.request, pipe.model.folder
-    assert folder is not None
+    request, source = out.request, pipe.model.source
+    assert source is not None
     shared = {
         "prompt": request.prompts[0],
         "negative": request.negatives[0],
@@ -133,8 +184,8 @@ def write_pictures(pipe: "TextToImagePipeline", out: "TextToImageOutput", paths:
         "eta": request.eta,
         "width": request.width,
         "height": request.height,
-        "model": "default" if folder == DEFAULT_MODEL else folder.resolve().name,
-        "sha256": weights_sha256(weight_files(folder)),
+        "model": "default" if source == DEFAULT_MODEL else source.resolve().name,
+        "sha256": weights_sha256(weight_files(source)),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe.device.type,
         "versions": {"ldm": __version__, "torch": torch.__version__},

@@ -1,168 +1,237 @@
-"""A model on disk is a Stable Diffusion folder: read with every fault named, written so that diffusers loads it too."""
+"""Models in memory: made from a Stable Diffusion folder or a single file with every fault named, saved as either."""
 
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from pydantic import BaseModel
+from torch import nn
 
-from autoencoder import Autoencoder
+from autoencoder import Autoencoder, IdentityAutoencoder, VQAutoencoder
 from ldm.unet import UNet
-from pipelines.json_files import name_unknown_keys, naming_file, read_json, write_json
+from pipelines import hub
+from pipelines.errors import notice
+from pipelines.families import refuse_other_channels
+from pipelines.json_files import name_unknown_keys, naming_file, write_json
 from pipelines.scheduler_config import SchedulerConfig
 from pipelines.settings import Settings
-from pipelines.weights import WithoutInitialValues, fill, find_weights, read_weights, with_current_attention_keys
+from pipelines.single_file import SUFFIX, read_single_file, write_single_file
+from pipelines.stored_model import (
+    CLASSES,
+    DIFFUSERS_VERSION,
+    INDEX,
+    SCHEDULER,
+    SETTINGS,
+    WEIGHTS_STEM,
+    StoredModel,
+    config_name,
+    read_folder,
+    read_part,
+    stock_config,
+    stock_index,
+    write_folder,
+)
+from pipelines.weights import PICKLES, Weights, files_of, fill, find_weights, on_meta, write_weights
 from text_encoder import TextEncoder, Tokenizer
-from text_encoder.clip import with_prefix
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
-DIFFUSERS_VERSION = "0.38.0"  # the oldest that reads what is written here
-MODULE_STEM = "diffusion_pytorch_model"
-CLASSES = {
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
+CLASS_NAMES: Mapping[type[nn.Module], tuple[str, str]] = {
+    UNet: ("unet", "UNet2DConditionModel"),
+    Autoencoder: ("vae", "AutoencoderKL"),
+    VQAutoencoder: ("vae", "VQModel"),
+    IdentityAutoencoder: ("vae", "IdentityAutoencoder"),
+    TextEncoder: ("text_encoder", "CLIPTextModel"),
 }
-WEIGHTS_STEM = {"unet": MODULE_STEM, "vae": MODULE_STEM, "text_encoder": "model"}
+"""The part that each class is in a model, and its class in other libraries."""
 
-Part = UNet | Autoencoder | TextEncoder
-PartT = TypeVar("PartT", UNet, Autoencoder, TextEncoder)
+AnyAutoencoder = Autoencoder | VQAutoencoder | IdentityAutoencoder
+Part = UNet | AnyAutoencoder | TextEncoder
+PartT = TypeVar("PartT", bound=Part)
 
 
 @dataclass(frozen=True)
 class Model:
-    """The parts of a model folder. `tokenizer_folder` holds the tokenizer's own files, which `save_model` copies;
-    `folder` is where the model was read from, if it was.
+    """The parts of a model. `tokenizer_folder` holds the tokenizer's own files, which `save_model` copies; `source` is
+    the folder or file that the model was read from, if it was.
     """
 
     unet: UNet
-    autoencoder: Autoencoder
+    autoencoder: AnyAutoencoder
     text_encoder: TextEncoder
     tokenizer: Tokenizer
     tokenizer_folder: Path
     scheduler: SchedulerConfig
     settings: Settings = field(default_factory=Settings)
-    folder: Path | None = None
+    source: Path | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that the model was read from; None also for a single file."""
+        return self.source if self.source is not None and self.source.is_dir() else None
 
 
 def find_model(source: str | os.PathLike[str] | None) -> Path:
-    """The folder that `source` means; None is the embedded default.
+    """The folder or the file that `source` means; None is the embedded default, `hub:owner/name` may be downloaded.
 
     Raises:
-        ValueError: there is no such folder, or it is no Stable Diffusion folder.
+        ValueError: there is no such model.
     """
     if source is None:
-        if not (DEFAULT_MODEL / "model_index.json").is_file():
-            raise ValueError("this installation has no default model; name a Stable Diffusion folder with --model")
+        if not (DEFAULT_MODEL / INDEX).is_file():
+            raise ValueError("this installation has no default model; name another with --model")
         return DEFAULT_MODEL
-    if str(source).startswith("hub:"):
-        raise ValueError(f"{source}: reading from the hub comes in a later version; --model takes a folder")
-    folder = Path(source)
-    if folder.is_file():
-        raise ValueError(f"{folder}: single files come in a later version; --model takes a Stable Diffusion folder")
-    if not folder.is_dir():
-        raise ValueError(f"model folder {folder} does not exist")
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} has no model_index.json; --model takes a Stable Diffusion folder")
-    return folder
+    if str(source).startswith(hub.PREFIX):
+        return hub.fetch(str(source))
+    path = Path(source)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"model {path} does not exist; give a Stable Diffusion folder, a file or hub:OWNER/NAME")
+    if not (path / INDEX).is_file():
+        raise ValueError(f"{path} has no {INDEX}; give a whole Stable Diffusion folder")
+    return path
 
 
-def load_model(source: str | os.PathLike[str] | None = None) -> Model:
-    """Reads a Stable Diffusion folder; weights stay mapped from disk, in the dtype of the file, on the CPU.
+def read_model(
+    source: str | os.PathLike[str] | None,
+    prediction: str | None = None,
+    ema: bool = False,
+    allow_pickle: bool = False,
+) -> StoredModel:
+    """Reads a model without building it; the arguments are `load_model`'s.
 
     Raises:
         ValueError: one line that names the file and what is wrong in it.
     """
-    folder = find_model(source)
-    index = read_json(folder / "model_index.json")
-    for part, (_, name) in CLASSES.items():
-        found = index.get(part)
-        if not isinstance(found, list) or len(found) != 2 or str(found[1]).removesuffix("Fast") != name:
-            raise ValueError(f"{folder / 'model_index.json'}: {part} is {found!r}, but only {name} is supported")
-    model = Model(
-        unet=load_unet(folder / "unet"),
-        autoencoder=load_autoencoder(folder / "vae"),
-        text_encoder=load_text_encoder(folder / "text_encoder"),
-        tokenizer=Tokenizer.from_folder(folder / "tokenizer"),
-        tokenizer_folder=folder / "tokenizer",
-        scheduler=load_scheduler(folder / "scheduler"),
-        settings=load_settings(folder),
-        folder=folder,
-    )
-    _check_parts_fit(model, folder)
+    path = find_model(source)
+    if path.is_file():
+        return read_single_file(path, DEFAULT_MODEL / "tokenizer", prediction, ema, allow_pickle)
+    if ema:
+        raise ValueError(f"{path} is a folder, which holds one set of weights only; leave out --ema")
+    return read_folder(path, prediction)
+
+
+def load_model(
+    source: str | os.PathLike[str] | None = None,
+    prediction: str | None = None,
+    ema: bool = False,
+    allow_pickle: bool = False,
+) -> Model:
+    """Reads a Stable Diffusion folder or a single file; weights stay mapped from disk, in the file's dtype, on the CPU.
+
+    Args:
+        source: None is the embedded default, `hub:owner/name` is downloaded if it is not in the cache.
+        prediction: the prediction type, by diffusers' name or ours, instead of what the model says.
+        ema: of a single file, take the moving average of the U-Net's weights.
+        allow_pickle: read `.ckpt` files too, of which only the tensors are ever built.
+
+    Raises:
+        ValueError: one line that names the file and what is wrong in it.
+    """
+    stored = read_model(source, prediction, ema, allow_pickle)
+    model = build_model(stored)
+    known: dict[str, type[BaseModel]] = {SCHEDULER: SchedulerConfig, SETTINGS: Settings}
+    for module in (model.unet, model.autoencoder, model.text_encoder):
+        known[config_name(CLASS_NAMES[type(module)][0])] = type(module.config)
+    for name, fields in known.items():
+        name_unknown_keys(stored.source / name, stored.configs.get(name, {}), fields)
+    if stored.source.is_file():
+        notice(f"{stored.source}: prediction type {model.scheduler.prediction_type}, by {stored.prediction_reason}")
     return model
+
+
+def build_model(stored: StoredModel) -> Model:
+    """The model that was read. Raises ValueError, one line, naming the file."""
+    source, configs = stored.source, stored.configs
+    model = Model(
+        unet=build_part(stored, "unet", UNet.from_diffusers_config),
+        autoencoder=build_part(stored, "vae", _make_autoencoder),
+        text_encoder=build_part(stored, "text_encoder", TextEncoder.from_transformers_config),
+        tokenizer=stored.tokenizer,
+        tokenizer_folder=stored.tokenizer_folder,
+        scheduler=naming_file(source / SCHEDULER, lambda: SchedulerConfig.from_diffusers_config(configs[SCHEDULER])),
+        settings=naming_file(source / SETTINGS, lambda: Settings.model_validate(configs.get(SETTINGS, {}))),
+        source=source,
+    )
+    naming_file(source, lambda: _check_parts_fit(model))
+    return model
+
+
+def build_part(stored: StoredModel, part: str, make: Callable[[Mapping[str, Any]], PartT]) -> PartT:
+    """One network of a model that was read. Raises ValueError, one line, naming the file."""
+    return _build(stored.source / config_name(part), stored.config(part), stored.weights[part], make)
 
 
 def load_unet(folder: str | os.PathLike[str]) -> UNet:
     """Reads `unet/` of a model folder. Raises ValueError, one line, naming the file."""
-    return _load_module(Path(folder), MODULE_STEM, UNet.from_diffusers_config)
+    return _load_part(Path(folder), "unet", UNet.from_diffusers_config)
 
 
-def load_autoencoder(folder: str | os.PathLike[str]) -> Autoencoder:
+def load_autoencoder(folder: str | os.PathLike[str]) -> AnyAutoencoder:
     """Reads `vae/` of a model folder. Raises ValueError, one line, naming the file."""
-    return _load_module(Path(folder), MODULE_STEM, Autoencoder.from_diffusers_config, with_current_attention_keys)
+    return _load_part(Path(folder), "vae", _make_autoencoder)
 
 
 def load_text_encoder(folder: str | os.PathLike[str]) -> TextEncoder:
     """Reads `text_encoder/` of a model folder. Raises ValueError, one line, naming the file."""
-    return _load_module(Path(folder), WEIGHTS_STEM["text_encoder"], TextEncoder.from_transformers_config, with_prefix)
+    return _load_part(Path(folder), "text_encoder", TextEncoder.from_transformers_config)
 
 
-def load_scheduler(folder: str | os.PathLike[str]) -> SchedulerConfig:
-    """Reads `scheduler/` of a model folder. Raises ValueError, one line, naming the file."""
-    path = Path(folder) / "scheduler_config.json"
-    config = read_json(path)
-    made = naming_file(path, lambda: SchedulerConfig.from_diffusers_config(config))
-    name_unknown_keys(path, config, SchedulerConfig)
-    return made
+def weight_files(source: Path) -> list[Path]:
+    """The weights files that `load_model` reads of a folder or a single file, in a fixed order."""
+    if source.is_file():
+        return [source]
+    parts = sorted(WEIGHTS_STEM.items())
+    return [file for part, stem in parts for file in files_of(find_weights(source / part, stem))]
 
 
-def load_settings(folder: str | os.PathLike[str]) -> Settings:
-    """Reads `ldm.json` of a model folder, if there is one. Raises ValueError, one line, naming the file."""
-    path = Path(folder) / "ldm.json"
-    if not path.exists():
-        return Settings()
-    content = read_json(path)
-    made = naming_file(path, lambda: Settings.model_validate(content))
-    name_unknown_keys(path, content, Settings)
-    return made
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weights files that `load_model` reads, in a fixed order."""
-    return [find_weights(folder / part, stem) for part, stem in sorted(WEIGHTS_STEM.items())]
-
-
-def save_model(folder: str | os.PathLike[str], model: Model, dtype: torch.dtype | None = None) -> None:
-    """Writes a model as a Stable Diffusion folder with stock class names; never leaves a half-written one there.
-
-    The folder is made beside its place, flushed to disk and renamed; a model that was there before is replaced.
-
-    Args:
-        dtype: of the weights on disk; None keeps each tensor's own.
+def save_model(destination: str | os.PathLike[str], model: Model, dtype: torch.dtype | None = None) -> None:
+    """Writes a model as a Stable Diffusion folder with stock class names, or as a single file if that is what the name
+    says; `dtype` is that of the weights on disk, None keeps each tensor's own. A model that was there is replaced.
 
     Raises:
-        ValueError: the place is taken by something that is no model.
+        ValueError: the place is taken by something that is no model, or single files have no place for the model.
     """
-    target = Path(folder).absolute()
+    with new_model_at(Path(destination)) as place:
+        write_model(place, _store(model, place), dtype)
+
+
+def write_model(place: Path, stored: StoredModel, dtype: torch.dtype | None) -> None:
+    """Writes a single file if `place` is named like one, else a folder. Raises ValueError as `save_model` does."""
+    if place.suffix == SUFFIX:
+        write_single_file(place, stored, dtype)
+    else:
+        place.mkdir()
+        write_folder(place, stored, dtype)
+
+
+@contextmanager
+def new_model_at(destination: Path) -> Iterator[Path]:
+    """A free name beside `destination` to write a model to. If the block ends well, what is there is flushed to disk
+    and takes the destination's place, and if it does not, nothing has changed.
+
+    Raises:
+        ValueError: the place is taken by something that is no model, or named like a pickle.
+    """
+    target = destination.absolute()
+    if target.suffix in PICKLES:
+        raise ValueError(f"{target} would be a pickle; name a folder or a file that ends in {SUFFIX}")
     if target.exists() and not _may_replace(target):
-        raise ValueError(f"{target} exists and is no model folder; choose another name")
+        raise ValueError(f"{target} exists and is no model; choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
-    staged = target.with_name(f".{target.name}.new-{secrets.token_hex(4)}")
-    staged.mkdir()
+    staged = target.with_name(f".new-{secrets.token_hex(4)}-{target.name}")
     try:
-        _write_parts(staged, model, dtype)
+        yield staged
         _flush(staged)
         _put_in_place(staged, target)
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        _remove(staged)
 
 
 def save_part(folder: str | os.PathLike[str], module: Part, dtype: torch.dtype | None = None) -> None:
@@ -172,86 +241,85 @@ def save_part(folder: str | os.PathLike[str], module: Part, dtype: torch.dtype |
         folder: the part's own folder, such as `model/unet`; made if it is missing.
         dtype: of the weights on disk; None keeps each tensor's own.
     """
-    part = {UNet: "unet", Autoencoder: "vae", TextEncoder: "text_encoder"}[type(module)]
-    library, name = CLASSES[part]
-    stock: dict[str, Any] = {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION}
-    if library == "transformers":
-        stock = {"architectures": [name], "model_type": "clip_text_model"}
+    part, name = CLASS_NAMES[type(module)]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", {**module.config.model_dump(mode="json"), **stock})
-    _write_weights(folder / f"{WEIGHTS_STEM[part]}.safetensors", module.state_dict(), dtype)
+    write_json(folder / "config.json", stock_config(name, module.config))
+    write_weights(folder / f"{WEIGHTS_STEM[part]}{SUFFIX}", module.state_dict(), dtype)
 
 
-def _load_module(
-    folder: Path,
-    stem: str,
-    make: Callable[[Mapping[str, Any]], PartT],
-    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+def _make_autoencoder(config: Mapping[str, Any]) -> AnyAutoencoder:
+    name = config.get("_class_name", "AutoencoderKL")
+    for kind in (Autoencoder, VQAutoencoder, IdentityAutoencoder):
+        if CLASS_NAMES[kind][1] == name:
+            made: AnyAutoencoder = kind.from_diffusers_config(config)
+            return made
+    raise ValueError(f"_class_name is {name!r}, but only {' or '.join(CLASSES['vae'])} is supported")
+
+
+def _load_part(folder: Path, part: str, make: Callable[[Mapping[str, Any]], PartT]) -> PartT:
+    config, weights = read_part(folder, part)
+    made = _build(folder / "config.json", config, weights, make)
+    name_unknown_keys(folder / "config.json", config, type(made.config))
+    return made
+
+
+def _build(
+    path: Path, config: Mapping[str, Any], weights: Weights, make: Callable[[Mapping[str, Any]], PartT]
 ) -> PartT:
-    path = folder / "config.json"
-    config = read_json(path)
-    with torch.device("meta"), WithoutInitialValues():  # the config is checked before any weight is read
-        made = naming_file(path, lambda: make(config))
-    name_unknown_keys(path, config, type(made.config))
-    weights = find_weights(folder, stem)
-    return fill(made, rename(read_weights(weights)), weights)
+    return fill(naming_file(path, lambda: on_meta(lambda: make(config))), weights)
 
 
-def _check_parts_fit(model: Model, folder: Path) -> None:
-    channels, latent_channels = model.unet.config.in_channels, model.autoencoder.config.latent_channels
-    if not channels == model.unet.config.out_channels == latent_channels:
+def _check_parts_fit(model: Model) -> None:
+    unet, text_encoder, tokenizer = model.unet.config, model.text_encoder.config, model.tokenizer
+    channels = model.autoencoder.config.latent_channels
+    inpaints = unet.in_channels == 2 * channels + 1  # a mask and the latents of the masked image beside the others
+    learned = 2 if model.scheduler.learns_variance else 1
+    if not inpaints and unet.in_channels != channels:
+        refuse_other_channels(unet.in_channels)
+    if not (inpaints or unet.in_channels == channels) or unet.out_channels != learned * channels:
         raise ValueError(
-            f"{folder}: the unet turns {channels} channels into {model.unet.config.out_channels},"
-            f" but the autoencoder's latents have {latent_channels}"
+            f"the unet turns {unet.in_channels} channels into {unet.out_channels},"
+            f" but the autoencoder's latents have {channels}"
         )
-    wanted, width = model.unet.config.cross_attention_dim, model.text_encoder.config.hidden_size
-    if wanted != width:
-        raise ValueError(f"{folder}: the unet's cross_attention_dim is {wanted}, but the text encoder is {width} wide")
+    if (wanted := unet.cross_attention_dim) != (width := text_encoder.hidden_size):
+        raise ValueError(f"the unet's cross_attention_dim is {wanted}, but the text encoder is {width} wide")
     for name, needed, there in (
-        ("vocab_size", model.tokenizer.vocab_size, model.text_encoder.config.vocab_size),
-        ("max_position_embeddings", model.tokenizer.max_length, model.text_encoder.config.max_position_embeddings),
+        ("vocab_size", tokenizer.vocab_size, text_encoder.vocab_size),
+        ("max_position_embeddings", tokenizer.max_length, text_encoder.max_position_embeddings),
     ):
         if needed > there:
-            raise ValueError(f"{folder}: the text encoder's {name} is {there}, but its tokenizer needs {needed}")
+            raise ValueError(f"the text encoder's {name} is {there}, but its tokenizer needs {needed}")
 
 
-def _write_parts(folder: Path, model: Model, dtype: torch.dtype | None) -> None:
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        **{part: list(names) for part, names in CLASSES.items()},
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-    }
-    write_json(folder / "model_index.json", index)
-    write_json(folder / "ldm.json", model.settings.model_dump(mode="json", exclude_none=True))
+def _store(model: Model, place: Path) -> StoredModel:
+    """A model as it is to lie at `place`."""
     scheduler = {**model.scheduler.to_diffusers_config(), "_diffusers_version": DIFFUSERS_VERSION}
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    (folder / "tokenizer").mkdir()
-    for file in filter(Path.is_file, sorted(model.tokenizer_folder.iterdir())):
-        shutil.copyfile(file, folder / "tokenizer" / file.name)  # without the mode: the umask decides
-    modules: dict[str, Part] = {"unet": model.unet, "vae": model.autoencoder, "text_encoder": model.text_encoder}
-    for part, module in modules.items():
-        save_part(folder / part, module, dtype)
-
-
-def _write_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
-    cast = {name: tensor.to(dtype or tensor.dtype) for name, tensor in weights.items()}
-    save_file({name: tensor.contiguous() for name, tensor in cast.items()}, path, metadata={"format": "pt"})
-    # safetensors makes its files private whatever the umask says
-    path.chmod((path.parent / "config.json").stat().st_mode)
+    configs = {
+        INDEX: stock_index(
+            scheduler["_class_name"],
+            CLASS_NAMES[type(model.autoencoder)][1],
+            inpaints=model.unet.config.in_channels > model.autoencoder.config.latent_channels,
+        ),
+        SETTINGS: model.settings.model_dump(mode="json", exclude_none=True),
+        SCHEDULER: scheduler,
+    }
+    weights = {}
+    for module in (model.unet, model.autoencoder, model.text_encoder):
+        part, name = CLASS_NAMES[type(module)]
+        configs[config_name(part)] = stock_config(name, module.config)
+        weights[part] = Weights(place, module.state_dict())
+    return StoredModel(place, configs, weights, model.tokenizer, model.tokenizer_folder, SCHEDULER)
 
 
 def _may_replace(target: Path) -> bool:
-    return target.is_dir() and ((target / "model_index.json").is_file() or not any(target.iterdir()))
+    if target.suffix == SUFFIX:
+        return target.is_file()
+    return target.is_dir() and ((target / INDEX).is_file() or not any(target.iterdir()))
 
 
-def _flush(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
+def _flush(staged: Path) -> None:
+    for path in (*staged.rglob("*"), staged):
         if path.is_file() or os.name == "posix":  # only POSIX flushes directories
             handle = os.open(path, os.O_RDONLY)
             try:
@@ -261,7 +329,7 @@ def _flush(folder: Path) -> None:
 
 
 def _put_in_place(staged: Path, target: Path) -> None:
-    former = staged.with_name(staged.name.replace(".new-", ".old-"))
+    former = staged.with_name(staged.name.replace(".new-", ".old-", 1))
     if target.exists():
         target.rename(former)
     try:
@@ -270,4 +338,11 @@ def _put_in_place(staged: Path, target: Path) -> None:
         if former.exists():
             former.rename(target)
         raise
-    shutil.rmtree(former, ignore_errors=True)
+    _remove(former)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,12 @@ from PIL.PngImagePlugin import PngInfo
 RECORD_CHUNK = "ldm"
 PARAMETERS_CHUNK = "parameters"  # where other programs look
 CACHE_FILE = "sha256.json"
+SLUG_LENGTH = 60
+
+
+def slug(prompt: str) -> str:
+    """A prompt as a part of a file's name: its letters and digits in lower case, the first 60 or so."""
+    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:SLUG_LENGTH].strip("-") or "picture"
 
 
 def write_png(path: Path, image: Image.Image, record: Mapping[str, Any]) -> None:

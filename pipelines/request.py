@@ -5,8 +5,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ldm.samplers import SAMPLERS
+from ldm.diffusers_scheduler import diffusers_sampler
+from ldm.samplers import SAMPLERS, Sampler
 
+DIFFUSERS = "diffusers:"
+"""Before the name of a scheduler of diffusers that is used as a sampler."""
 MAX_SIDE = 4096
 MAX_PICTURES = 10_000
 MAX_PROMPT = 10_000
@@ -16,6 +19,8 @@ MAX_SEED = 2**63 - 1
 @dataclass(frozen=True)
 class Request:
     """A checked request; `prompts` and `negatives` have one entry per picture, `height` and `width` are pixels.
+
+    `strength` is the part of the steps that is made, with an image to start from; None without one.
 
     Raises:
         ValueError: one line that names the argument, its value and what is allowed.
@@ -32,19 +37,24 @@ class Request:
     width: int
     syntax: str = "plain"
     clip_skip: int = 0
+    strength: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("guidance", self.guidance), ("eta", self.eta), ("guidance rescale", self.rescale)):
-            if not math.isfinite(value):
-                raise ValueError(f"{name} is {value}; give a finite number")
-        for name, value in (("eta", self.eta), ("guidance rescale", self.rescale)):
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance is {self.guidance}; give a finite number")
+        strength = 1.0 if self.strength is None else self.strength
+        for name, value in (("eta", self.eta), ("guidance rescale", self.rescale), ("strength", strength)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; give a number from 0 to 1")
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler {self.sampler!r} is unknown; there are {', '.join(sorted(SAMPLERS))}")
+        find_sampler(self.sampler)
         if self.eta and not takes_eta(self.sampler):
             able = ", ".join(name for name in sorted(SAMPLERS) if takes_eta(name))
             raise ValueError(f"sampler {self.sampler!r} has no eta; leave it at 0 or use {able}")
+
+    @property
+    def first_step(self) -> int:
+        """Index of the first step that is made: an image to start from stands for those before (as in diffusers)."""
+        return 0 if self.strength is None else self.steps - int(self.steps * self.strength)
 
     def check_steps(self, most: int) -> None:
         """Raises ValueError unless 1 <= steps <= `most`."""
@@ -61,8 +71,21 @@ class Request:
                 raise ValueError(f"{name} is {value}, which is not a multiple of {multiple}; the nearest is {near}")
 
 
+def find_sampler(name: str) -> Sampler:
+    """One of ours by its name, or a scheduler of diffusers, such as `diffusers:UniPCMultistepScheduler`.
+
+    Raises:
+        ValueError: there is no such sampler, or diffusers is not installed.
+    """
+    if name.startswith(DIFFUSERS):
+        return diffusers_sampler(name.removeprefix(DIFFUSERS))
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler {name!r} is unknown; there are {', '.join(sorted(SAMPLERS))} and {DIFFUSERS}CLASS")
+    return SAMPLERS[name]
+
+
 def takes_eta(sampler: str) -> bool:
-    return "eta" in inspect.signature(SAMPLERS[sampler]).parameters
+    return "eta" in inspect.signature(find_sampler(sampler)).parameters
 
 
 def checked_prompts(prompt: str | Sequence[str], copies: int) -> tuple[str, ...]:

@@ -11,6 +11,17 @@ from ldm.schedule import NoiseSchedule, ScheduleKind
 
 # what diffusers' classes assume where the file says nothing
 LEADING_CLASSES = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DDIMInverseScheduler", "")
+SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "HeunDiscreteScheduler": "heun",
+    "": "ddim",
+}
+"""Our samplers by the class that a folder names; the other classes are driven through diffusers."""
+ENDS_AT_ZERO = ("ddim", "diffusers:PNDMScheduler")
+"""The samplers that know `set_alpha_to_one: false`."""
 SCHEDULES: dict[str, ScheduleKind] = {
     "linear": "linear",
     "scaled_linear": "scaled_linear",
@@ -18,7 +29,7 @@ SCHEDULES: dict[str, ScheduleKind] = {
 }
 
 
-class SchedulerConfig(BaseModel, frozen=True, extra="ignore"):
+class SchedulerConfig(BaseModel, frozen=True, extra="ignore", validate_by_name=True, validate_by_alias=True):
     """Every key of diffusers' DDIM, DDPM, PNDM, Euler, Heun, LMS, DPM-Solver, DEIS, KDPM2 and UniPC schedulers.
 
     The first block is used. The second changes the process or the grid in ways that are not supported, so it must be
@@ -35,6 +46,7 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore"):
     set_alpha_to_one: bool = True
     rescale_betas_zero_snr: bool = False
     variance_type: Literal["fixed_small", "learned_range"] | None = None
+    class_name: str = Field(default="", alias="_class_name")
 
     trained_betas: Literal[None] = None
     clip_sample: Literal[False] = False
@@ -108,6 +120,15 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore"):
         """What the network predicts, by this project's name."""
         return PREDICTIONS[self.prediction_type]
 
+    @property
+    def sampler(self) -> str:
+        """The sampler that the folder's scheduler stands for, by its command-line name."""
+        if self.class_name == "DPMSolverMultistepScheduler" and self.solver_order in (None, 2):
+            kind = self.algorithm_type or "dpmsolver++"
+            if self.solver_type in (None, "midpoint") and kind in ("dpmsolver++", "sde-dpmsolver++"):
+                return "dpm++" if kind == "dpmsolver++" else "dpm++sde"
+        return SAMPLERS.get(self.class_name, f"diffusers:{self.class_name}")
+
     def make_schedule(self) -> NoiseSchedule:
         return NoiseSchedule(
             SCHEDULES[self.beta_schedule],
@@ -124,7 +145,7 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore"):
             ValueError: more steps than the schedule and the offset allow.
         """
         grid = schedule.timesteps(steps, self.timestep_spacing, self.steps_offset)
-        if self.set_alpha_to_one or sampler != "ddim":
+        if self.set_alpha_to_one or sampler not in ENDS_AT_ZERO:
             return grid
         # the last step goes to time 0, and is no step at all from there
         clean_is_zero = grid.clamp(min=0)

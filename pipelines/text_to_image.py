@@ -1,26 +1,29 @@
-"""A prompt becomes a picture: prompt -> context -> latents -> images."""
+"""A prompt becomes a picture: prompt -> context -> latents -> images; another picture may be where it starts."""
 
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from PIL import Image
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
+from ldm.conditioning import Concatenated
 from ldm.denoiser import Denoiser, Estimate, make_denoiser
-from ldm.guidance import classifier_free
-from ldm.samplers import SAMPLERS, StepInfo
+from ldm.guidance import classifier_free, keep_known
+from ldm.samplers import StepInfo
 from pipelines.errors import notice
+from pipelines.image_to_image import ImageSource, InitImage, Start, open_init, start_from
 from pipelines.loading import Model, load_model, save_model
-from pipelines.request import MAX_SEED, Request, checked_negatives, checked_prompts, takes_eta
+from pipelines.lora import LoRA, apply_loras, read_lora
+from pipelines.request import MAX_SEED, Request, checked_negatives, checked_prompts, find_sampler, takes_eta
 from pipelines.runtime import pick_device, pick_dtype, prepare
 from pipelines.settings import words_in
 from text_encoder import encode_prompts
 
 BATCH = 8  # pictures that go through the networks at once; bounds memory, and changes no picture beyond rounding
-DEFAULT_SAMPLER = "ddim"
 OUTPUT_TYPES = ("pil", "pt", "latent")
 FAR = 1.5  # a side this many times the model's own, or its inverse, is worth a notice
 
@@ -53,6 +56,8 @@ class TextToImagePipeline:
         self.schedule = model.scheduler.make_schedule()
         for module in (self.unet, self.autoencoder, self.text_encoder):
             prepare(module, self.device, self.dtype)
+        self.loras: list[tuple[LoRA, float]] = []
+        self._originals: dict[str, Tensor] = {}
 
     @classmethod
     def from_pretrained(
@@ -70,8 +75,23 @@ class TextToImagePipeline:
         return cls(load_model(source), device, pick_dtype(dtype, device))
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-        """Writes a Stable Diffusion folder that diffusers loads too; `dtype` None keeps the pipeline's own."""
+        """Writes a Stable Diffusion folder that diffusers loads too; `dtype` None keeps the pipeline's own.
+
+        With LoRAs loaded, the weights that are written are the merged ones.
+        """
         save_model(folder, self.model, dtype)
+
+    def load_lora(self, file: str | os.PathLike[str], weight: float = 1.0) -> None:
+        """Adds a LoRA file to those there are. Raises ValueError, one line; then nothing has changed."""
+        self._set_loras([*self.loras, (read_lora(file, self.unet, self.text_encoder), weight)])
+
+    def unload_lora(self) -> None:
+        """Takes all LoRAs out; every weight is what it was, to the bit."""
+        self._set_loras([])
+
+    def _set_loras(self, loras: list[tuple[LoRA, float]]) -> None:
+        self._originals = apply_loras(self.unet, self.text_encoder, loras, self._originals)
+        self.loras = loras
 
     def __call__(
         self,
@@ -89,6 +109,9 @@ class TextToImagePipeline:
         seed: int = 0,
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
+        image: ImageSource | None = None,
+        mask_image: ImageSource | None = None,
+        strength: float | None = None,
         on_step: Callable[[StepInfo], None] | None = None,
         prompt_syntax: Literal["plain", "weighted"] = "plain",
         clip_skip: int = 0,
@@ -97,15 +120,20 @@ class TextToImagePipeline:
     ) -> TextToImageOutput:
         """Renders each prompt `num_images_per_prompt` times; pictures come prompt by prompt, then copy by copy.
 
-        Picture i draws its initial noise and then each step's noise from its own CPU generator of `seed + i`, in
-        float32, so it depends neither on the device nor on the rest of the batch.
+        Picture i draws the latents of an image to start from, its initial noise and then each step's noise from its own
+        CPU generator of `seed + i`, in float32, so it depends neither on the device nor on the rest of the batch.
 
         Args:
+            sampler: None is the model's own, or the one that its scheduler stands for.
             guidance_scale: 1 is unguided (Ho and Salimans 2022; their w is this minus 1).
             guidance_rescale: 0 to 1 (Lin et al. 2023, section 3.4).
-            height, width: pixels; None is the model's own size.
+            height, width: pixels; None is the model's own size, or the image's, rounded to what the model can make.
             generator: one for all pictures or one for each, instead of `seed`.
             latents: unit noise [N,C,h,w] to start from; then `seed` must stay 0 and only feeds the steps' noise.
+            image: picture or file to start from; it is resized to cover the size, and cut to the middle.
+            mask_image: white where to paint, black where to keep the image; any size. Needed by an inpainting model.
+            strength: 0 to 1, how much of the image gives way: this part of the steps is made. None is 0.8, or 1 under a
+                mask.
             on_step: called after each step with a `StepInfo` of all pictures; may raise to cancel.
             prompt_syntax, clip_skip: what the text means; see `text_encoder.prompt`.
             strict_tokens: refuse a prompt that would be cut, instead of saying what was cut.
@@ -117,28 +145,35 @@ class TextToImagePipeline:
             raise ValueError(f"output_type {output_type!r} is unknown; there are {', '.join(OUTPUT_TYPES)}")
         prompts = checked_prompts(prompt, num_images_per_prompt)
         copies = num_images_per_prompt
-        own_height, own_width = self.own_size
+        init = open_init(image, mask_image, strength)
+        multiple = max(8, self.autoencoder.downsampling_factor)
+        own_height, own_width = self.own_size if init is None else init.size(height, width, multiple)
         request = Request(
             prompts=prompts,
             negatives=checked_negatives(negative_prompt, len(prompts) // copies, copies),
             steps=self.settings.steps if num_inference_steps is None else num_inference_steps,
             guidance=self.settings.guidance if guidance_scale is None else guidance_scale,
             rescale=guidance_rescale,
-            sampler=sampler or self.settings.sampler or DEFAULT_SAMPLER,
+            sampler=sampler or self.settings.sampler or self.model.scheduler.sampler,
             eta=eta,
             height=own_height if height is None else height,
             width=own_width if width is None else width,
             syntax=prompt_syntax,
             clip_skip=clip_skip,
+            strength=None if init is None else init.strength,
         )
         request.check_steps(self.schedule.steps)
-        request.check_size(max(8, self.autoencoder.downsampling_factor))
+        request.check_size(multiple)
+        if self.inpaints and mask_image is None:
+            raise ValueError("this is an inpainting model; give an image and a mask, white where to paint")
+        grid = self._time_grid(request)
         generators, seeds = self._generators(len(prompts), seed, generator, latents is not None)
-        x = self._initial_noise(request, generators, latents)
+        start = self._start(request, init, grid[0], generators, latents)
         contexts = self._encode(request, strict_tokens)
         self._give_notices(request)
-        latents = self._sample(request, contexts, x, generators, on_step)
-        _refuse_non_finite(latents, "the latents")
+        if init is not None and height is None and width is None:
+            init.tell_if_fitted(request.height, request.width)
+        latents = self._sample(request, contexts, start, grid, generators, on_step)
         if output_type == "latent":
             return TextToImageOutput(latents, seeds, request)
         images = self._decode(latents)
@@ -150,6 +185,20 @@ class TextToImagePipeline:
         cells = self.unet.config.sample_size or 64
         height, width = (cells, cells) if isinstance(cells, int) else cells
         return height * self.autoencoder.downsampling_factor, width * self.autoencoder.downsampling_factor
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the network is told a mask and a masked image beside the latents."""
+        return self.unet.config.in_channels == 2 * self.autoencoder.config.latent_channels + 1
+
+    def _time_grid(self, request: Request) -> Tensor:
+        """The times of the steps that are made, and where the last of them ends."""
+        grid = self.model.scheduler.time_grid(self.schedule, request.steps, request.sampler)[request.first_step :]
+        if request.strength is not None and len(grid) < 2:
+            raise ValueError(
+                f"strength {request.strength:g} of {request.steps} steps leaves none to make; give more of either"
+            )
+        return grid
 
     def _generators(
         self, count: int, seed: int, generator: Generator | Sequence[Generator] | None, has_latents: bool
@@ -166,6 +215,36 @@ class TextToImagePipeline:
         if len(generator) != count:
             raise ValueError(f"there are {len(generator)} generators for {count} pictures; give one, or one for each")
         return list(generator), [None] * count
+
+    def _start(
+        self,
+        request: Request,
+        init: InitImage | None,
+        t: Tensor,
+        generators: Generator | list[Generator],
+        latents: Tensor | None,
+    ) -> Start:
+        draw_noise = partial(self._initial_noise, request, generators, latents)
+        if init is None:
+            return Start(draw_noise())
+        return start_from(
+            init,
+            request.height,
+            request.width,
+            encode=partial(self._encode_image, generators=generators, count=len(request.prompts)),
+            draw_noise=draw_noise,
+            add_noise=partial(self.schedule.add_noise, t=t),
+            network_inpaints=self.inpaints,
+        )
+
+    @torch.no_grad()
+    def _encode_image(self, image: Tensor, generators: Generator | list[Generator], count: int) -> Tensor:
+        """Latents float32 [N,C,h,w] of one image [1,3,H,W]; with a single generator one sample serves all pictures."""
+        image = image.to(self.device, self.dtype)
+        each = [generators] if isinstance(generators, Generator) else generators
+        latents = torch.cat([self.autoencoder.encode(image, one).float() for one in each])
+        _refuse_non_finite(latents, "the image's latents")
+        return latents.expand(count, -1, -1, -1)
 
     def _initial_noise(
         self, request: Request, generators: Generator | list[Generator], latents: Tensor | None
@@ -215,29 +294,39 @@ class TextToImagePipeline:
         self,
         request: Request,
         contexts: list[tuple[Tensor, Tensor]],
-        x: Tensor,
+        start: Start,
+        grid: Tensor,
         generators: Generator | list[Generator],
         on_step: Callable[[StepInfo], None] | None,
     ) -> Tensor:
-        network = make_denoiser(self.unet, self.schedule, self.model.scheduler.prediction)
+        sizes = [len(cond) for cond, _ in contexts]
+        networks: Sequence[nn.Module] = [self.unet] * len(sizes)
+        if start.extra is not None:
+            networks = [Concatenated(self.unet, extra) for extra in torch.split(start.extra, sizes)]
+        denoisers = [make_denoiser(one, self.schedule, self.model.scheduler.prediction) for one in networks]
         denoise = in_turn(
             [
-                classifier_free(network, cond, uncond, scale=request.guidance, rescale=request.rescale)
-                for cond, uncond in contexts
+                classifier_free(one, cond, uncond, scale=request.guidance, rescale=request.rescale)
+                for one, (cond, uncond) in zip(denoisers, contexts, strict=True)
             ],
-            [len(cond) for cond, _ in contexts],
+            sizes,
         )
-        grid = self.model.scheduler.time_grid(self.schedule, request.steps, request.sampler)
+        if (known := start.known) is not None:
+            first = grid[0].item()
+            denoise = keep_known(denoise, known.latents, known.noise, known.mask, self.schedule, start=first)
         options = {"eta": request.eta} if takes_eta(request.sampler) else {}
-        return SAMPLERS[request.sampler](
+        sample = find_sampler(request.sampler)
+        x = sample(
             denoise,
-            x,
+            start.x,
             self.schedule,
             grid,
             randn=lambda shape: _randn(shape, generators),
             on_step=on_step,
             **options,
         )
+        # A grid that ends at time 0 (set_alpha_to_one: false) leaves a trace of noise also on what is known.
+        return x if known is None else torch.lerp(known.latents, x, known.mask)
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> Tensor:

@@ -1,18 +1,34 @@
-"""Weights on disk: safetensors only, checked key by key and for finite values before a module gets them."""
+"""Weights on disk: mapped and not copied, checked key by key and for finite values before a module gets them."""
 
-from collections.abc import Mapping, Sequence
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pipelines.json_files import read_json
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+MadeT = TypeVar("MadeT")
 NAMED_KEYS = 5
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+ALIGNMENT = 16  # bytes
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SHARD = re.compile(r"[\w.-]+\.safetensors")
+
+
+class Weights(NamedTuple):
+    """Tensors by name, and the file that messages about them name."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
 
 
 class WithoutInitialValues(TorchFunctionMode):
@@ -29,53 +45,135 @@ class WithoutInitialValues(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def on_meta(make: Callable[[], MadeT]) -> MadeT:
+    """What `make` makes, its tensors without memory: a config is checked before any weight is read."""
+    with torch.device("meta"), WithoutInitialValues():
+        return make()
+
+
 def find_weights(folder: Path, stem: str) -> Path:
-    """The one weights file of a part: `stem.safetensors`, or `stem.fp16.safetensors` if that is all there is.
+    """The weights of a part: one file or the index of several, in full precision if there is a choice.
 
     Raises:
-        ValueError: there is neither; pickled weights are named and refused.
+        ValueError: there are none; pickled weights are named and refused.
     """
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-        if (folder / name).is_file():
-            return folder / name
+    for name in (
+        "{}.safetensors",
+        "{}.safetensors.index.json",
+        "{}.fp16.safetensors",
+        "{}.safetensors.index.fp16.json",
+    ):
+        if (path := folder / name.format(stem)).is_file():
+            return path
     pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
     if pickled:
         raise ValueError(f"{folder} holds only pickled weights ({pickled[0]}); save them as {stem}.safetensors first")
     raise ValueError(f"{folder / stem}.safetensors does not exist; a model folder needs it")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, mapped from disk.
+def files_of(path: Path) -> list[Path]:
+    """The safetensors files behind what `find_weights` found: itself, or the shards of an index, in order.
 
     Raises:
-        ValueError: the file is broken, or a tensor holds NaN or infinity (the tensor is named).
+        ValueError: the index is broken or names a shard that does not exist.
+    """
+    if path.suffix != ".json":
+        return [path]
+    return [path.parent / name for name in sorted(set(_shard_names(path).values()))]
+
+
+def read_weights(path: Path) -> Weights:
+    """All tensors of what `find_weights` found, mapped from disk.
+
+    Raises:
+        ValueError: a file is broken, or does not hold what its index says.
+    """
+    files = files_of(path)
+    if files == [path]:
+        return Weights(path, read_safetensors(path)[0])
+    shards = {file.name: read_safetensors(file)[0] for file in files}
+    names = _shard_names(path)
+    refuse(path, "names what its shards lack:", [name for name, shard in names.items() if name not in shards[shard]])
+    return Weights(path, {name: shards[shard][name] for name, shard in names.items()})
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of one safetensors file, mapped from disk, and its metadata.
+
+    Raises:
+        ValueError: the file is broken.
     """
     try:
-        weights = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensors(), dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path} is no intact safetensors file: {error}") from None
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
-            raise ValueError(f"{path}: {name} holds NaN or infinity; the file is damaged or its training diverged")
-    return weights
 
 
-def fill(module: ModuleT, weights: Mapping[str, Tensor], path: Path) -> ModuleT:
-    """Gives a module made on the meta device its weights without a copy; `path` is for the messages.
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled checkpoint and its `global_step`; nothing in it but tensors and numbers is ever built.
 
     Raises:
-        ValueError: keys are missing, unexpected or of the wrong shape (up to five are named).
+        ValueError: the file is broken, or holds something else.
     """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} holds more than tensors and numbers, which could run code; it is not read") from None
+    except Exception as error:  # a broken pickle raises whatever its bytes happen to make
+        raise ValueError(f"{path} is no intact checkpoint: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no dictionary of tensors")
+    inner = found.get("state_dict", found)
+    tensors = {name: value for name, value in inner.items() if isinstance(value, Tensor)}
+    if isinstance(step := found.get("global_step"), int):
+        tensors["global_step"] = torch.tensor(step)
+    return tensors
+
+
+def write_weights(
+    path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes tensors to one safetensors file.
+
+    Args:
+        dtype: that they get on disk; None keeps each one's own.
+
+    Raises:
+        ValueError: a value is too large for `dtype`.
+    """
+    cast = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
+    if dtype == torch.float16:
+        large = [name for name, tensor in cast.items() if tensor.dtype != tensors[name].dtype and not is_finite(tensor)]
+        refuse(path, "cannot hold in float16 (use bfloat16)", large)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(cast, path, metadata={"format": "pt", **(metadata or {})})
+    path.chmod(mode)  # safetensors makes its files private whatever the umask says
+
+
+def fill(module: ModuleT, weights: Weights) -> ModuleT:
+    """Gives a module made on the meta device its weights, without a copy of those that lie well in their file.
+
+    Raises:
+        ValueError: keys are missing, unexpected, of the wrong shape or dtype, or not finite (up to five are named).
+    """
+    path, found = weights
     expected = module.state_dict()
-    _refuse(path, "lacks", sorted(expected.keys() - weights.keys()))
-    _refuse(path, "holds the unknown", sorted(weights.keys() - expected.keys()))
+    refuse(path, "lacks", expected.keys() - found.keys())
+    refuse(path, "holds the unknown", found.keys() - expected.keys())
     misshapen = [
-        f"{name} {list(weights[name].shape)} instead of {list(tensor.shape)}"
+        f"{name} {list(found[name].shape)} instead of {list(tensor.shape)}"
         for name, tensor in expected.items()
-        if weights[name].shape != tensor.shape
+        if found[name].shape != tensor.shape
     ]
-    _refuse(path, "does not fit its config:", misshapen)
-    module.load_state_dict(weights, strict=True, assign=True)
+    refuse(path, "does not fit its config:", misshapen)
+    strange = [f"{name} of {tensor.dtype}" for name, tensor in found.items() if tensor.dtype not in DTYPES]
+    refuse(path, "holds what is no usual number:", strange)
+    for name, tensor in found.items():
+        if not is_finite(tensor):
+            raise ValueError(f"{path}: {name} holds NaN or infinity; the file is damaged or its training diverged")
+    module.load_state_dict({name: _aligned(tensor) for name, tensor in found.items()}, strict=True, assign=True)
     assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
     return module
 
@@ -93,12 +191,42 @@ def with_current_attention_keys(weights: Mapping[str, Tensor]) -> dict[str, Tens
     return {current(name): tensor for name, tensor in weights.items()}
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def refuse(path: Path, verb: str, faults: Iterable[str]) -> None:
+    """Raises ValueError with the first few of the faults, if there are any."""
+    if found := sorted(faults):
+        raise ValueError(f"{path} {verb} {some(found)}")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of many names, and how many more there are."""
+    more = f" and {len(names) - NAMED_KEYS} more" if len(names) > NAMED_KEYS else ""
+    return ", ".join(names[:NAMED_KEYS]) + more
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite."""
+    if not tensor.numel():
+        return True
     low, high = torch.aminmax(tensor)  # one pass, and NaN wins in both
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _refuse(path: Path, verb: str, faults: Sequence[str]) -> None:
-    if faults:
-        more = f" and {len(faults) - NAMED_KEYS} more" if len(faults) > NAMED_KEYS else ""
-        raise ValueError(f"{path} {verb} {', '.join(faults[:NAMED_KEYS])}{more}")
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it lies where a CPU's kernels would round differently: a picture must depend on the weights
+    alone. One tensor of odd size, such as the bias of three colours, shifts all that come after it in a file.
+    """
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+def _shard_names(index: Path) -> dict[str, str]:
+    """The shard of each tensor."""
+    names = read_json(index).get("weight_map")
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in names.values())
+    ):
+        raise ValueError(f"{index}: weight_map must name, for each tensor, the safetensors file beside it")
+    missing = {name for name in names.values() if not (index.parent / name).is_file()}
+    refuse(index, "names shards that do not exist:", missing)
+    return names

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from pydantic import BaseModel, Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ldm.pictures import as_rgb, as_tensor
 from ldm.training import randomness
 
 if TYPE_CHECKING:
@@ -75,19 +75,8 @@ def decode_image(source: bytes | str, size: int) -> Tensor:
 
     Raises OSError for what is no picture, ValueError for pixels without a known range (32-bit integers, floats).
     """
-    image: Image.Image = Image.open(source if isinstance(source, str) else io.BytesIO(source))
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow's own conversion saturates
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are of mode {image.mode}, whose range is unknown: save it with 8 or 16 bits")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    if image.size != (size, size):
-        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-    return pixels.reshape(size, size, 3).permute(2, 0, 1).float() / 127.5 - 1
+    image = as_rgb(Image.open(source if isinstance(source, str) else io.BytesIO(source)))
+    return as_tensor(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,21 @@ def test_the_record_says_how_the_picture_was_made(run: Run, model_folder: Path) 
         assert image.size == (72, 56)
 
 
+def test_a_single_file_renders_what_its_folder_does(run: Run, model_folder: Path) -> None:
+    file = Path("tiny.safetensors")
+    assert exit_code(["convert", str(model_folder), str(file)]) == 0
+    run("a house", "-o", "x.png")
+    code, out, err = run("a house", "-o", "y.png", model=file)
+    assert (code, out) == (0, "y.png\n")
+    assert err == (
+        "notice: tiny.safetensors: prediction type epsilon, by scheduler/scheduler_config.json in its metadata\n"
+    )
+    assert Image.open("x.png").tobytes() == Image.open("y.png").tobytes()
+    folder, single = read_record(Path("x.png")), read_record(Path("y.png"))
+    assert (folder["model"], single["model"]) == ("tiny", "tiny.safetensors")
+    assert folder["sha256"] != single["sha256"]
+
+
 def test_each_option_reaches_the_picture(run: Run) -> None:
     def picture(*options: str) -> bytes:
         assert run("a house", "-o", "x.png", "--steps", "2", *options)[0] == 0
@@ -135,8 +150,8 @@ BAD_INPUT: list[tuple[list[str], str]] = [
     (["a", "-n", "0"], "count is 0"),
     (["a", "--dtype", "int8"], "dtype 'int8' is unknown"),
     (["a", "--device", "gpu"], "device 'gpu' is unknown"),
-    (["a", "--model", "none"], "model folder none does not exist"),
-    (["a", "--model", "hub:owner/name"], "later version"),
+    (["a", "--model", "none"], "model none does not exist"),
+    (["a", "--model", "hub:name"], "hub:name names no model; write hub:OWNER/NAME"),
     (["a", "-o", "none/x.png"], "folder none does not exist; make it first"),
     (["a", "-o", "/proc/x.png"], "nothing can be written to /proc"),
     (["a", "-o", "x.jpg"], "ends in .png"),

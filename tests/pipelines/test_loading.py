@@ -1,9 +1,13 @@
 import json
 import os
 import pickle
+import shutil
+import socket
 import stat
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from pipelines import TextToImagePipeline, json_files, loading
 from pipelines.scheduler_config import SchedulerConfig
 from pipelines.settings import Settings, words_in
+from pipelines.weights import fill, on_meta, read_weights
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -49,7 +54,7 @@ def refusal(folder: Path) -> str:
 
 def test_the_parts_of_a_folder(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = loading.load_model(model_folder)
-    assert model.folder == model_folder
+    assert model.source == model.folder == model_folder
     assert model.settings == Settings()
     assert model.scheduler.prediction == "eps"
     assert model.scheduler.make_schedule().alphas_cumprod[0].item() == pytest.approx(1 - 0.00085)
@@ -72,14 +77,29 @@ def test_missing_files_are_named(folder: Path, missing: str) -> None:
     assert path.name in refusal(folder)
 
 
-def test_sources_that_are_no_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "does not exist" in refusal(folder / "none")
-    assert "single files come in a later version" in refusal(folder / UNET)
-    with pytest.raises(ValueError, match="hub comes in a later version"):
-        loading.load_model("hub:owner/name")
+def test_sources_that_are_no_models(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "none does not exist; give a Stable Diffusion folder, a file or hub:OWNER/NAME" in refusal(folder / "none")
+    assert "has no model_index.json; give a whole Stable Diffusion folder" in refusal(folder / "unet")
     monkeypatch.setattr(loading, "DEFAULT_MODEL", folder / "none")
     with pytest.raises(ValueError, match="no default model"):
         loading.load_model()
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("StableDiffusionXLPipeline", "Stable Diffusion XL"),
+        ("StableDiffusion3Pipeline", "Stable Diffusion 3"),
+        ("FluxPipeline", "Flux"),
+        ("StableDiffusionDepth2ImgPipeline", "a depth-to-image model"),
+        ("StableDiffusionUpscalePipeline", "an upscaler"),
+    ],
+)
+def test_other_families_are_named(folder: Path, name: str, family: str) -> None:
+    edit_json(folder / "model_index.json", _class_name=name)
+    assert refusal(folder) == (
+        f"{folder / 'model_index.json'}: this is {family} (a {name}); only Stable Diffusion 1.x and 2.x are supported"
+    )
 
 
 def test_no_source_is_the_default_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +207,8 @@ def test_weights_that_are_not_finite_are_named(folder: Path, part: str, value: f
     path = folder / part / WEIGHTS[part]
     name = sorted(load_file(path))[3]
     edit_weights(path, lambda weights: weights[name].view(-1)[-1:].fill_(value))
-    assert refusal(folder).startswith(f"{path}: {name} holds NaN or infinity")
+    assert (text := refusal(folder)).startswith(f"{path}: ")
+    assert f"{name} holds NaN or infinity" in text
 
 
 def test_pickles_are_refused_and_never_opened(folder: Path, tmp_path: Path) -> None:
@@ -213,6 +234,151 @@ def test_half_precision_files_are_taken_if_there_is_nothing_else(folder: Path) -
         "diffusion_pytorch_model.fp16.safetensors",
         "diffusion_pytorch_model.safetensors",
     ]
+
+
+def shard(path: Path, index: str, shards: str) -> Path:
+    """Divides a weights file into two with an index, named by patterns; returns the index."""
+    weights = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    path.unlink()
+    names = sorted(weights)
+    weight_map = {}
+    half = len(names) // 2
+    for number, some in enumerate((names[:half], names[half:]), start=1):
+        file = shards.format(path.stem, number)
+        save_file({name: weights[name] for name in some}, path.parent / file)
+        weight_map |= dict.fromkeys(some, file)
+    (path.parent / index.format(path.stem)).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return path.parent / index.format(path.stem)
+
+
+@pytest.mark.parametrize(
+    ("index", "shards"),
+    [
+        ("{}.safetensors.index.json", "{}-{:05d}-of-00002.safetensors"),
+        ("{}.safetensors.index.fp16.json", "{}.fp16-{:05d}-of-00002.safetensors"),
+    ],
+)
+def test_weights_in_several_files(folder: Path, index: str, shards: str) -> None:
+    first = loading.load_model(folder)
+    for part in ("unet", "text_encoder"):
+        shard(folder / part / WEIGHTS[part], index, shards)
+    model = loading.load_model(folder)
+    assert same_weights(model.unet, first.unet)
+    assert same_weights(model.text_encoder, first.text_encoder)
+    assert len(loading.weight_files(folder)) == 5
+    assert loading.read_model(folder).left_out == ()
+
+
+def test_weights_that_diffusers_divides(folder: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    first = loading.load_unet(folder / "unet")
+    stock = UNet2DConditionModel.from_pretrained(folder / "unet")
+    (folder / UNET).unlink()
+    stock.save_pretrained(folder / "unet", max_shard_size="100KB")
+    assert len(list((folder / "unet").glob("*-of-*"))) > 1
+    assert same_weights(loading.load_unet(folder / "unet"), first)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("{", "no valid JSON"),
+        ({}, "weight_map must name, for each tensor, the safetensors file beside it"),
+        ({"weight_map": {}}, "weight_map must name"),
+        ({"weight_map": {"conv_in.bias": 1}}, "weight_map must name"),
+        ({"weight_map": {"conv_in.bias": "../vae/x.safetensors"}}, "weight_map must name"),
+        ({"weight_map": {"conv_in.bias": "x.bin"}}, "weight_map must name"),
+        ({"weight_map": {"conv_in.bias": "none.safetensors"}}, "names shards that do not exist: none.safetensors"),
+        ({"weight_map": {"novelty": "{shard}"}}, "names what its shards lack: novelty"),
+    ],
+)
+def test_an_index_that_is_wrong_is_named(folder: Path, content: Any, fault: str) -> None:
+    index = shard(folder / UNET, "{}.safetensors.index.json", "{}-{:05d}-of-00002.safetensors")
+    text = content if isinstance(content, str) else json.dumps(content)
+    index.write_text(text.replace("{shard}", "diffusion_pytorch_model-00001-of-00002.safetensors"))
+    assert (refused := refusal(folder)).startswith(str(index))
+    assert fault in refused
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_stay_in_their_files_unless_they_lie_badly(folder: Path, tmp_path: Path) -> None:
+    weights = load_file(folder / UNET)
+    odd = {"down": torch.ones(3), **{name: tensor.clone() for name, tensor in weights.items()}}
+    del weights
+    model = loading.load_unet(folder / "unet")
+    places = [
+        [int(edge, 16) for edge in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(folder / UNET))
+    ]
+    aligned = [tensor for tensor in model.parameters() if tensor.data_ptr() % 16 == 0]
+    assert len(aligned) == len(list(model.parameters()))
+    mapped = [tensor for tensor in aligned if any(low <= tensor.data_ptr() < high for low, high in places)]
+    assert len(mapped) == len(aligned)
+    save_file(odd, tmp_path / "odd.safetensors")
+    shifted = read_weights(tmp_path / "odd.safetensors")
+    assert any(tensor.data_ptr() % 16 for tensor in shifted.tensors.values())
+    rest = {name: tensor for name, tensor in shifted.tensors.items() if name != "down"}
+    again = fill(on_meta(lambda: type(model)(model.config)), shifted._replace(tensors=rest))
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in again.parameters())
+    assert same_weights(again, model)
+
+
+def fake_hub(monkeypatch: pytest.MonkeyPatch, *answers: Path | Exception) -> list[dict[str, Any]]:
+    """The hub answers with each of these in turn; returns what it is asked."""
+    import huggingface_hub
+
+    asked: list[dict[str, Any]] = []
+    left = iter(answers)
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.append({"name": name, **options})
+        if isinstance(answer := next(left), Exception):
+            raise answer
+        return str(answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_a_model_of_the_hub_comes_from_the_cache_if_it_is_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = fake_hub(monkeypatch, folder)
+    assert loading.load_model("hub:owner/name").source == folder
+    assert [(each["name"], each.get("local_files_only")) for each in asked] == [("owner/name", True)]
+    patterns = asked[0]["allow_patterns"]
+    assert not any(fnmatch(name, pattern) for pattern in patterns for name in ("unet/x.bin", "x.ckpt", "unet/x.py"))
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        assert any(fnmatch(file.relative_to(folder).as_posix(), pattern) for pattern in patterns)
+
+
+@pytest.mark.parametrize("in_cache", ["nothing", "half"])
+def test_a_model_of_the_hub_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch, in_cache: str) -> None:
+    half = folder.parent / "half"
+    shutil.copytree(folder / "unet", half / "unet")
+    asked = fake_hub(monkeypatch, half if in_cache == "half" else FileNotFoundError("not cached"), folder)
+    assert loading.find_model("hub:owner/name") == folder
+    assert [each.get("local_files_only", False) for each in asked] == [True, False]
+
+
+def test_a_model_that_the_hub_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_hub(monkeypatch, FileNotFoundError("not cached"), ConnectionError("no\nroute"))
+    with pytest.raises(ValueError, match=r"^hub:owner/name is not in the cache and cannot be downloaded: no route$"):
+        loading.load_model("hub:owner/name")
+    for name in ("hub:", "hub:name", "hub:a/b/c", "hub:../x"):
+        with pytest.raises(ValueError, match=r"names no model; write hub:OWNER/NAME"):
+            loading.load_model(name)
+
+
+def test_nothing_else_opens_a_socket(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a socket is opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    loading.save_model(tmp_path / "x.safetensors", loading.load_model(folder))
+    assert loading.load_model(tmp_path / "x.safetensors").source == tmp_path / "x.safetensors"
+    assert loading.load_model(tmp_path / "x.safetensors").folder is None
+    refusal(tmp_path / "owner/name")
 
 
 def test_text_encoder_keys_with_and_without_prefix(folder: Path) -> None:
@@ -243,22 +409,46 @@ def test_attention_keys_of_old_autoencoders(folder: Path) -> None:
     assert same_weights(first, loading.load_autoencoder(folder / "vae"))
 
 
-def test_parts_that_do_not_fit_each_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_do_not_fit_each_other(folder: Path) -> None:
     model = loading.load_model(folder)
     edit_json(folder / "model_index.json", unet=["diffusers", "UNet3D"])
     assert "unet is ['diffusers', 'UNet3D'], but only UNet2DConditionModel" in refusal(folder)
     edit_json(folder / "model_index.json", unet=["diffusers", "UNet2DConditionModel"], vae=None)
     assert "vae is None" in refusal(folder)
     edit_json(folder / "model_index.json", vae=["diffusers", "AutoencoderKL"])
+    edit_json(folder / "vae" / "config.json", _class_name="TinyVAE")
+    assert "_class_name is 'TinyVAE', but only AutoencoderKL or VQModel or IdentityAutoencoder is" in refusal(folder)
+    edit_json(folder / "vae" / "config.json", _class_name="AutoencoderKL")
     edit_json(folder / "tokenizer" / "tokenizer_config.json", model_max_length=78)
     assert "max_position_embeddings is 77, but its tokenizer needs 78" in refusal(folder)
     edit_json(folder / "tokenizer" / "tokenizer_config.json", model_max_length=77)
-    wide = model.unet.config.model_copy(update={"cross_attention_dim": 48})
-    monkeypatch.setattr(loading, "load_unet", lambda _: type(model.unet)(wide))
-    assert "cross_attention_dim is 48, but the text encoder is 32 wide" in refusal(folder)
-    inpainting = model.unet.config.model_copy(update={"in_channels": 9})
-    monkeypatch.setattr(loading, "load_unet", lambda _: type(model.unet)(inpainting))
-    assert "turns 9 channels into 4, but the autoencoder's latents have 4" in refusal(folder)
+    for changes, fault in (
+        ({"cross_attention_dim": 48}, "the unet's cross_attention_dim is 48, but the text encoder is 32 wide"),
+        ({"in_channels": 6}, "the unet turns 6 channels into 4, but the autoencoder's latents have 4"),
+        ({"out_channels": 8}, "the unet turns 4 channels into 8, but the autoencoder's latents have 4"),
+        ({"in_channels": 5}, "this is a depth-to-image model (its unet takes 5 channels)"),
+    ):
+        loading.save_part(folder / "unet", type(model.unet)(model.unet.config.model_copy(update=changes)))
+        assert refusal(folder).startswith(f"{folder}: {fault}")
+
+
+def test_a_learned_variance_has_as_many_channels_again(folder: Path) -> None:
+    model = loading.load_model(folder)
+    wide = type(model.unet)(model.unet.config.model_copy(update={"out_channels": 8}))
+    scheduler = model.scheduler.model_copy(update={"variance_type": "learned_range"})
+    loading.save_model(folder, replace(model, unet=wide, scheduler=scheduler))
+    assert loading.load_model(folder).unet.config.out_channels == 8
+
+
+def test_parts_that_are_not_read_are_left_out(folder: Path) -> None:
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    edit_json(folder / "model_index.json", safety_checker=checker, requires_safety_checker=True)
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "config.json").write_text("{}")
+    stored = loading.read_model(folder)
+    assert stored.left_out == ("safety_checker/config.json",)
+    assert stored.configs["model_index.json"]["safety_checker"] == [None, None]
+    assert stored.configs["model_index.json"]["requires_safety_checker"] is False
 
 
 def test_what_is_saved_is_what_was_loaded(model_folder: Path, tmp_path: Path) -> None:
@@ -310,14 +500,39 @@ def test_saving_replaces_a_model_and_nothing_else(folder: Path, tmp_path: Path) 
     loading.save_model(tmp_path / "empty", model)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.png").touch()
-    with pytest.raises(ValueError, match="is no model folder"):
-        loading.save_model(tmp_path / "photos", model)
-    with pytest.raises(ValueError, match="is no model folder"):
-        loading.save_model(tmp_path / "photos" / "holiday.png", model)
+    for taken in ("photos", "photos/holiday.png"):
+        with pytest.raises(ValueError, match="exists and is no model; choose another name"):
+            loading.save_model(tmp_path / taken, model)
+    with pytest.raises(ValueError, match=r"would be a pickle; name a folder or a file that ends in .safetensors"):
+        loading.save_model(tmp_path / "x.ckpt", model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "photos", "tiny"]
 
 
-@pytest.mark.parametrize("step", ["_flush", "_write_weights"])
+def test_a_single_file_is_replaced_whole_and_by_nothing_else(folder: Path, tmp_path: Path) -> None:
+    model, file = loading.load_model(folder), tmp_path / "x.safetensors"
+    file.write_bytes(b"former")
+    former = os.umask(0o027)
+    try:
+        loading.save_model(file, model, torch.float16)
+    finally:
+        os.umask(former)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
+    assert loading.load_model(file).settings == model.settings
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(ValueError, match="exists and is no model"):
+        loading.save_model(tmp_path / "folder.safetensors", model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.safetensors", "tiny", "x.safetensors"]
+
+
+def test_a_value_too_large_for_half_precision_is_named(folder: Path, tmp_path: Path) -> None:
+    edit_weights(folder / UNET, lambda weights: weights["conv_in.bias"].fill_(1e6))
+    with pytest.raises(ValueError, match=r"cannot hold in float16 \(use bfloat16\) conv_in.bias"):
+        loading.save_model(tmp_path / "half", loading.load_model(folder), torch.float16)
+    loading.save_model(tmp_path / "half", loading.load_model(folder), torch.bfloat16)
+
+
+@pytest.mark.parametrize("step", ["_flush", "write_folder"])
 def test_a_failed_save_leaves_the_former_model(folder: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     model = loading.load_model(folder)
 
@@ -385,6 +600,15 @@ def test_the_config_of_every_stock_scheduler(name: str, kind: str) -> None:
     spacing = stock.config.get("timestep_spacing", "linspace")
     assert made.timestep_spacing == bare.timestep_spacing == spacing
     assert bare.set_alpha_to_one == stock.config.get("set_alpha_to_one", True)
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_zero_terminal_snr_is_that_of_ddim(kind: str) -> None:
+    from diffusers import DDIMScheduler
+
+    stock = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule=kind, rescale_betas_zero_snr=True)
+    made = SchedulerConfig.from_diffusers_config({**stock.config, "clip_sample": False}).make_schedule()
+    assert torch.allclose(made.alphas_cumprod.float(), stock.alphas_cumprod, atol=1e-6)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])

@@ -1,3 +1,5 @@
+import json
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from ldm.samplers import StepInfo
 from pipelines import TextToImagePipeline, loading, runtime, text_to_image
@@ -63,6 +66,93 @@ def test_diffusers_renders_the_same(
     assert images.std() > 5
     difference = np.abs(images.astype(int) - (expected_images * 255).round().astype(int))
     assert (difference <= 1).mean() >= 0.999
+
+
+STOCK_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "diffusers:UniPCMultistepScheduler": ("UniPCMultistepScheduler", {}),
+    "diffusers:DEISMultistepScheduler": ("DEISMultistepScheduler", {}),
+}
+
+
+@pytest.mark.parametrize("sampler", STOCK_SCHEDULERS)
+def test_each_sampler_renders_as_in_diffusers(model_folder: Path, tmp_path: Path, sampler: str) -> None:
+    import diffusers
+
+    model = loading.load_model(model_folder)
+    process = {"timestep_spacing": "trailing", "prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+    pipe = TextToImagePipeline(replace(model, scheduler=model.scheduler.model_copy(update=process)), "cpu", "float32")
+    pipe.save_pretrained(tmp_path / "saved")
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved", local_files_only=True)
+    stock.set_progress_bar_config(disable=True)
+    name, settings = STOCK_SCHEDULERS[sampler]
+    stock.scheduler = getattr(diffusers, name).from_config(stock.scheduler.config, **settings)
+    noise = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(1))
+    # diffusers starts from sigma / alpha times the noise where it steps x / alpha, and so from sigma times it
+    stock.scheduler.set_timesteps(20)
+    _, sigma = pipe.schedule.at(torch.tensor(999))
+    start = float(stock.scheduler.init_noise_sigma)
+    theirs = noise if start == 1 else noise / sigma.float()
+    expected = stock(PROMPT, latents=theirs, num_inference_steps=20, guidance_scale=4, output_type="latent").images
+    found = latents_of(pipe, latents=noise, num_inference_steps=20, guidance_scale=4, sampler=sampler)
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max().clamp(min=1)
+
+
+PNDM = {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "sampler"),
+    [
+        ("PNDMScheduler", PNDM, "diffusers:PNDMScheduler"),
+        ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}, "dpm++"),
+        ("UniPCMultistepScheduler", {"timestep_spacing": "trailing"}, "diffusers:UniPCMultistepScheduler"),
+        ("DDIMScheduler", {"timestep_spacing": "leading", "clip_sample": False, "steps_offset": 1}, "ddim"),
+    ],
+)
+def test_a_folder_s_own_scheduler_is_the_default(
+    model_folder: Path, tmp_path: Path, name: str, settings: dict[str, Any], sampler: str
+) -> None:
+    import diffusers
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    process = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    scheduler = getattr(diffusers, name)(**process, **settings)
+    scheduler.save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", name]}))
+    (folder / "ldm.json").unlink(missing_ok=True)
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    stock.set_progress_bar_config(disable=True)
+    pipe = TextToImagePipeline.from_pretrained(folder, "cpu", "float32")
+    noise = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(1))
+    expected = stock(PROMPT, latents=noise, num_inference_steps=20, guidance_scale=4, output_type="latent").images
+    out = pipe(PROMPT, latents=noise, num_inference_steps=20, guidance_scale=4, output_type="latent")
+    assert out.request.sampler == sampler
+    assert (out.images - expected).abs().max() < 1e-3 * expected.abs().max().clamp(min=1)
+
+
+def test_an_unknown_sampler_of_diffusers(pipe: TextToImagePipeline) -> None:
+    with pytest.raises(ValueError, match="'UniPCScheduler' is no variance-preserving scheduler"):
+        pipe(PROMPT, sampler="diffusers:UniPCScheduler")
+
+
+def test_loras_come_and_go(pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q"
+    weight = pipe.unet.get_parameter(f"{name}.weight")
+    down, up = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
+    save_file({f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}, tmp_path / "lora.safetensors")
+    before, original = latents_of(pipe), weight.clone()
+    pipe.load_lora(tmp_path / "lora.safetensors", 0.5)
+    torch.testing.assert_close(pipe.unet.get_parameter(f"{name}.weight"), original + 0.5 * up @ down)
+    assert not torch.equal(latents_of(pipe), before)
+    pipe.unload_lora()
+    assert torch.equal(pipe.unet.get_parameter(f"{name}.weight"), original)
+    assert torch.equal(latents_of(pipe), before)
 
 
 def test_seeds_and_eta_are_those_of_a_list_of_generators(pipe: TextToImagePipeline, model_folder: Path) -> None:
@@ -229,7 +319,7 @@ def test_text_that_is_cut_is_shown(pipe: TextToImagePipeline, capsys: pytest.Cap
         ({"height": -8}, "height is -8"),
         ({"width": 10**9}, "width is 1000000000"),
         ({"output_type": "np"}, "output_type 'np' is unknown; there are pil, pt, latent"),
-        ({"prompt_syntax": "weighted"}, "comes in a later version"),
+        ({"prompt_syntax": "magic"}, "prompt syntax 'magic' is unknown; there are plain, weighted"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**63}, "seed is 9223372036854775808"),
         ({"seed": 1, "generator": torch.Generator()}, "neither generator nor latents"),
@@ -255,7 +345,7 @@ def test_a_picture_that_is_not_finite_is_an_error(pipe: TextToImagePipeline) -> 
         assert isinstance(bias, torch.Tensor)
         kept = bias.clone()
         bias.fill_(torch.nan)
-        with pytest.raises(ValueError, match="the latents hold NaN or infinity; try dtype float32"):
+        with pytest.raises(ValueError, match="256 of 256 values that are not finite: try the network in float32"):
             pipe(PROMPT, num_inference_steps=1)
         bias.copy_(kept)
         scale = pipe.autoencoder.post_quant_conv.weight

@@ -1,0 +1,30 @@
+"""Picture files as plain RGB, whatever they hold, and as tensors."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The picture in RGB of 8 bits: EXIF rotation applied, transparency on white.
+
+    Raises:
+        OSError: data that are broken or cut off.
+        ValueError: pixels without a known range (32-bit integers, floats), or of colours that Pillow cannot convert.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow's own conversion saturates
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of mode {image.mode}, whose range is unknown: save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture as float32 [3,H,W] in [-1,1]."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(image.height, image.width, 3).permute(2, 0, 1).float() / 127.5 - 1
