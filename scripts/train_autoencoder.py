@@ -1,4 +1,4 @@
-"""Train a KL autoencoder, with a patch discriminator late in training, on a folder of images.
+"""Train a KL or VQ autoencoder, with a patch discriminator late in training, on a folder of images.
 
     accelerate launch scripts/train_autoencoder.py --config scripts/configs/picturebook_autoencoder.yaml
 
@@ -14,9 +14,10 @@ from pydantic import BaseModel, Field
 from sheet import to_images, write_sheet
 from torch import Tensor, nn
 
-from autoencoder import Autoencoder, AutoencoderConfig
+from autoencoder import Autoencoder, AutoencoderConfig, VQAutoencoder, VQAutoencoderConfig
+from autoencoder.bottleneck import DiagonalGaussian
 from autoencoder.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
-from autoencoder.loss import kl_loss, reconstruction_loss
+from autoencoder.loss import codebook_loss, kl_loss, reconstruction_loss
 from ldm.training import randomness
 from ldm.training.command_line import parse_config
 from ldm.training.data import Batch, CaptionedImages, DataConfig
@@ -42,8 +43,11 @@ class AutoencoderTrainingConfig(BaseModel, frozen=True, extra="forbid"):
     data: DataConfig
     loop: LoopConfig
     model: AutoencoderConfig = AutoencoderConfig()
+    vq: VQAutoencoderConfig | None = None
+    """A VQ autoencoder, instead of `model`."""
     adversary: AdversaryConfig = AdversaryConfig()
     kl_weight: float = Field(1e-6, ge=0)
+    codebook_weight: float = Field(1.0, ge=0)
     init: str | None = None
     """A model folder whose autoencoder to start from."""
 
@@ -72,10 +76,17 @@ class Step:
         f = model.downsampling_factor
         shape = (model.config.latent_channels, images.shape[2] // f, images.shape[3] // f)
         eps = randomness.normal(shape, config.loop.seed, "posterior", batch.step, batch.positions).to(images.device)
-        reconstruction, posterior = self.autoencoder(images, eps)
-        pixels, kl = reconstruction_loss(images, reconstruction), kl_loss(posterior)
-        loss = pixels + config.kl_weight * kl
-        values = {"loss": pixels.detach(), "kl": kl.detach(), "psnr": psnr(images, reconstruction.detach())}
+        reconstruction, bottleneck = self.autoencoder(images, eps)
+        pixels = reconstruction_loss(images, reconstruction)
+        values = {"loss": pixels.detach(), "psnr": psnr(images, reconstruction.detach())}
+        if isinstance(bottleneck, DiagonalGaussian):
+            kl = kl_loss(bottleneck)
+            loss = pixels + config.kl_weight * kl
+            values["kl"] = kl.detach()
+        else:
+            codebook = codebook_loss(bottleneck)
+            loss = pixels + config.codebook_weight * codebook
+            values |= {"codebook": codebook.detach(), "perplexity": bottleneck.perplexity()}
         start = config.adversary.start
         if start is not None and batch.step >= start + config.adversary.warmup:
             self.discriminator.requires_grad_(False)  # else this step's gradients would reach the discriminator
@@ -103,7 +114,7 @@ def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whiten(autoencoder: Autoencoder, images: CaptionedImages, count: int) -> tuple[Tensor, Tensor]:
+def whiten(autoencoder: Autoencoder | VQAutoencoder, images: CaptionedImages, count: int) -> tuple[Tensor, Tensor]:
     """Measure the latents' mean and std per channel over `count` pictures, fold them in and return them."""
     device = next(autoencoder.parameters()).device
     sums, squares = torch.zeros(2, autoencoder.config.latent_channels, dtype=torch.float64)
@@ -126,7 +137,8 @@ def train(config: AutoencoderTrainingConfig) -> None:
     accelerator = make_accelerator(config.loop)
     torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
     if config.init is None:
-        autoencoder = Autoencoder(config.model.model_copy(update={"scaling_factor": 1.0}))
+        unscaled = (config.vq or config.model).model_copy(update={"scaling_factor": 1.0})
+        autoencoder = VQAutoencoder(unscaled) if config.vq else Autoencoder(unscaled)
     else:
         autoencoder = load_autoencoder(Path(config.init) / "vae").float()
     discriminator = PatchDiscriminator(config.adversary.width)
@@ -145,13 +157,13 @@ def train(config: AutoencoderTrainingConfig) -> None:
 
     def sheet(file: Path) -> None:
         with torch.no_grad():
-            averaged: Autoencoder = ema.module
+            averaged: Autoencoder | VQAutoencoder = ema.module
             decoded = averaged.decode(averaged.encode(fixed.to(accelerator.device)))
         write_sheet(file, to_images(torch.stack([fixed, decoded.cpu()], 1).flatten(0, 1)), columns=8)
 
     training.on_sample = sheet
     if fit(training) == config.loop.steps and accelerator.is_main_process:
-        finished: Autoencoder = ema.module
+        finished: Autoencoder | VQAutoencoder = ema.module
         mean, std = whiten(finished, images, 2000)
         save_part(Path(config.loop.out) / "model" / "vae", finished)
         measured = {"mean": mean.tolist(), "std": std.tolist()}

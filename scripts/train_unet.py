@@ -3,6 +3,7 @@
     accelerate launch scripts/train_unet.py --config scripts/configs/picturebook_unet.yaml
 
 Needs an autoencoder (`train_autoencoder.py`) and a text encoder (`train_clip.py`), or a whole model's folder for both.
+Without an autoencoder it trains on the pixels themselves.
 Writes `OUT/model`, which `ldm render --model` and diffusers take. The same command again resumes; `--init FOLDER`
 starts from another model's U-Net and text encoder.
 """
@@ -10,17 +11,21 @@ starts from another model's U-Net and text encoder.
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
+from accelerate import Accelerator
 from pydantic import BaseModel, Field, model_validator
 from safetensors.torch import load_file, save_file
 from sheet import write_sheet
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from autoencoder import IdentityAutoencoder, IdentityAutoencoderConfig
 from autoencoder.bottleneck import DiagonalGaussian
-from ldm.loss import diffusion_loss
+from ldm.denoiser import Network
+from ldm.loss import Data, diffusion_loss, hybrid_loss, variational_bound
+from ldm.time_sampling import TimeSampler
 from ldm.training import randomness
 from ldm.training.command_line import parse_config
 from ldm.training.data import Batch, CaptionedDataset, CaptionedImages, DataConfig, Place
@@ -40,16 +45,28 @@ CONTEXT_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 class ObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
     """What is learned."""
 
+    loss: Literal["simple", "hybrid", "bound"] = "simple"
+    """The squared error, the variational bound, or the first with a little of the second (`ldm/loss.py`)."""
+    times: Literal["uniform", "importance"] = "uniform"
+    """Importance: more of the times at which the loss is large (`ldm/time_sampling.py`)."""
     min_snr_gamma: float | None = Field(None, gt=0)
-    caption_dropout: float = Field(0.1, ge=0, lt=1)
-    """Share of captions that are replaced by the empty one, for classifier-free guidance."""
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    """Share of captions that are replaced by the empty one, for classifier-free guidance; 1 ignores all captions."""
+
+    @model_validator(mode="after")
+    def _check_gamma(self) -> Self:
+        if self.loss == "bound" and self.min_snr_gamma is not None:
+            raise ValueError(
+                "min_snr_gamma weighs the squared error, which the loss 'bound' does not have: leave it out"
+            )
+        return self
 
 
 class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
     data: DataConfig
     loop: LoopConfig
-    autoencoder: str
-    """A model folder: its `vae` is used."""
+    autoencoder: str | None = None
+    """A model folder: its `vae` is used. None trains on pixels."""
     text_encoder: str
     """A model folder: its `text_encoder` and `tokenizer` are used."""
     model: UNetConfig = UNetConfig()
@@ -65,7 +82,16 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
     """A model folder whose U-Net and text encoder to start from."""
 
     @model_validator(mode="after")
-    def _check_cache(self) -> Self:
+    def _check(self) -> Self:
+        channels, wanted = (
+            self.model.out_channels,
+            self.model.in_channels * (2 if self.scheduler.learns_variance else 1),
+        )
+        if channels != wanted:
+            raise ValueError(
+                f"model.out_channels is {channels}, but must be {wanted} with scheduler.variance_type"
+                f" {self.scheduler.variance_type}"
+            )
         if self.cache_contexts and self.train_text_encoder:
             raise ValueError("cache_contexts goes with train_text_encoder: false, or the contexts would be out of date")
         return self
@@ -147,28 +173,73 @@ class CachedContexts:
         return self.contexts[[self.row[caption] for caption in captions]]
 
 
-def draw(batch: Batch, times: int, seed: int, caption_dropout: float) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """All that is random in a step: latents x0 from their posteriors, noise eps, times t [B], and captions or ""."""
-    step, positions = batch.step, batch.positions
+def sample_posterior(batch: Batch, seed: int) -> Tensor:
+    """Latents x0 [B,C,h,w] from the posteriors of which `CaptionedLatents` has the moments."""
     posterior = DiagonalGaussian.from_moments(batch.inputs)
     shape = posterior.mean.shape[1:]
-    x0 = posterior.sample(randomness.normal(shape, seed, "posterior", step, positions))
-    eps = randomness.normal(shape, seed, "noise", step, positions)
-    t = randomness.timesteps(times, seed, step, positions)
-    dropped = randomness.uniform(seed, "caption", step, positions) < caption_dropout
-    captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped, strict=True)]
-    return x0, eps, t, captions
+    return posterior.sample(randomness.normal(shape, seed, "posterior", batch.step, batch.positions))
+
+
+def with_dropout(batch: Batch, seed: int, share: float) -> list[str]:
+    """The batch's captions, a share of them replaced by ""."""
+    dropped = randomness.uniform(seed, "caption", batch.step, batch.positions) < share
+    return ["" if drop else caption for caption, drop in zip(batch.captions, dropped, strict=True)]
+
+
+class Objective:
+    """The loss of a batch of x0, at the times that the config asks for. Its state is that of the times' sampler."""
+
+    def __init__(self, config: UNetTrainingConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.schedule = config.scheduler.make_schedule()
+        self.times = TimeSampler(self.schedule.steps)
+        self.seen: list[tuple[Tensor, Tensor]] = []
+        """Times and losses of this step's micro-batches so far, over all processes."""
+        accelerator.register_for_checkpointing(self.times)
+
+    def __call__(self, model: Network, batch: Batch, x0: Tensor, text: Tensor) -> Tensor:
+        """The loss of each sample, weighted as its time was drawn: [B]. All else that is random is drawn here."""
+        seed, device = self.config.loop.seed, self.accelerator.device
+        eps = randomness.normal(x0.shape[1:], seed, "noise", batch.step, batch.positions)
+        t, weights = self.times.sample(randomness.uniform(seed, "t", batch.step, batch.positions))
+        x0, eps, t, text = (v.to(device) for v in (x0, eps, t, text))
+        losses = self._losses(model, x0.contiguous(memory_format=torch.channels_last), eps, t, text)
+        if self.config.objective.times == "importance":
+            self._remember(t, losses.detach())
+        return losses * weights.to(losses)
+
+    def _losses(self, model: Network, x0: Tensor, eps: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        objective, scheduler = self.config.objective, self.config.scheduler
+        inputs = model, x0, eps, t, text, self.schedule, scheduler.prediction
+        data: Data = "8-bit" if self.config.autoencoder is None else "continuous"
+        match objective.loss:
+            case "simple":
+                return diffusion_loss(*inputs, objective.min_snr_gamma)
+            case "hybrid":
+                return hybrid_loss(*inputs, data, objective.min_snr_gamma)
+            case "bound":
+                return variational_bound(*inputs, "learned" if scheduler.learns_variance else "beta_tilde", data)
+
+    def _remember(self, t: Tensor, losses: Tensor) -> None:
+        self.seen.append(self.accelerator.gather((t, losses)))
+        if self.accelerator.sync_gradients:
+            # Only now, so that all of a step draws from the same probabilities, however it is divided.
+            self.times.update(*(torch.cat(parts) for parts in zip(*self.seen, strict=True)))
+            self.seen.clear()
 
 
 def train(config: UNetTrainingConfig) -> None:
     accelerator = make_accelerator(config.loop)
     out = Path(config.loop.out)
-    vae = Path(config.autoencoder) / "vae"
     text_folder = Path(config.init or config.text_encoder)
     tokenizer = Tokenizer.from_folder(text_folder / "tokenizer")
     images = CaptionedImages(config.data, config.loop.seed)
-    with accelerator.main_process_first():
-        dataset = CaptionedLatents(cached_latents(images, vae, out, accelerator.device), images.captions())
+    captions = images.captions()
+    dataset: CaptionedDataset = images
+    if config.autoencoder is not None:
+        with accelerator.main_process_first():
+            moments = cached_latents(images, Path(config.autoencoder) / "vae", out, accelerator.device)
+        dataset = CaptionedLatents(moments, captions)
     torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
     unet = UNet(config.model) if config.init is None else load_unet(Path(config.init) / "unet").float()
     network = Conditioned(unet, load_text_encoder(text_folder / "text_encoder").float())
@@ -178,7 +249,7 @@ def train(config: UNetTrainingConfig) -> None:
     averaged = [(make_ema(part, config.loop.ema_decay).to(accelerator.device), part) for part in learning]
     optimizer = make_optimizer(network, config.loop)
     model, optimizer = accelerator.prepare(network, optimizer)
-    schedule, prediction = config.scheduler.make_schedule(), config.scheduler.prediction
+    objective = Objective(config, accelerator)
 
     def token_ids(captions: list[str]) -> Tensor:
         return tokenizer(captions).ids
@@ -189,23 +260,25 @@ def train(config: UNetTrainingConfig) -> None:
             encoded: Tensor = network.text_encoder(token_ids(captions).to(accelerator.device))
         return encoded.to(CONTEXT_DTYPES[config.loop.mixed_precision])
 
-    text_of = CachedContexts(context, dataset.captions) if config.cache_contexts else token_ids
+    text_of = CachedContexts(context, captions) if config.cache_contexts else token_ids
 
     def train_step(batch: Batch) -> dict[str, Tensor]:
-        x0, eps, t, captions = draw(batch, schedule.steps, config.loop.seed, config.objective.caption_dropout)
-        x0, eps, t, text = (v.to(accelerator.device) for v in (x0, eps, t, text_of(captions)))
-        x0 = x0.contiguous(memory_format=torch.channels_last)
+        seed = config.loop.seed
+        x0 = batch.inputs if config.autoencoder is None else sample_posterior(batch, seed)
+        text = text_of(with_dropout(batch, seed, config.objective.caption_dropout))
         with accelerator.accumulate(model):
-            losses = diffusion_loss(model, x0, eps, t, text, schedule, prediction, config.objective.min_snr_gamma)
+            losses = objective(model, batch, x0, text)
             accelerator.backward(losses.mean())
             norm = apply_gradients(training, model, optimizer)
         return {"loss": losses.mean().detach(), "gradient_norm": norm}
 
+    pixels = IdentityAutoencoder(IdentityAutoencoderConfig(latent_channels=config.model.in_channels))
+
     def finished_model() -> Model:
-        words = tuple(sorted(set().union(*map(words_in, set(dataset.captions)))))
+        words = tuple(sorted(set().union(*map(words_in, set(captions)))))
         return Model(
             unet=averaged[0][0].module,
-            autoencoder=load_autoencoder(vae),
+            autoencoder=pixels if config.autoencoder is None else load_autoencoder(Path(config.autoencoder) / "vae"),
             text_encoder=averaged[1][0].module if config.train_text_encoder else network.text_encoder,
             tokenizer=tokenizer,
             tokenizer_folder=text_folder / "tokenizer",
@@ -216,8 +289,7 @@ def train(config: UNetTrainingConfig) -> None:
     def sheet(file: Path) -> None:
         save_model(out / "model", finished_model(), torch.float16)
         pipe = TextToImagePipeline.from_pretrained(out / "model", device=accelerator.device)
-        chosen = dataset.captions[:16]
-        write_sheet(file, pipe(chosen, seed=0).images, columns=8)
+        write_sheet(file, pipe(captions[:16], seed=0).images, columns=8)
 
     training = Training(accelerator, config.loop, dataset, [optimizer], train_step, averaged, on_sample=sheet)
     fit(training)

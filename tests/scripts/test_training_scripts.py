@@ -18,7 +18,7 @@ from train_autoencoder import AutoencoderTrainingConfig
 from train_clip import ClipTrainingConfig
 from train_unet import UNetTrainingConfig
 
-from autoencoder import Autoencoder
+from autoencoder import Autoencoder, VQAutoencoder, VQAutoencoderConfig
 from ldm.training.command_line import parse_config
 from ldm.training.data import Batch, CaptionedImages, DataConfig
 from ldm.training.loop import LoopConfig, Training, make_accelerator
@@ -105,6 +105,18 @@ def test_autoencoder_writes_a_whitened_vae(trained_autoencoder: Path, data_folde
         samples = torch.stack([posterior.sample(torch.randn_like(posterior.mean)) for _ in range(20)])
     torch.testing.assert_close(posterior.mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(samples.std((0, 1, 3, 4)), torch.ones(4), atol=0.02, rtol=0)
+
+
+def test_a_vq_autoencoder_trains_a_model_that_renders(trained_clip: Path, data_folder: Path, tmp_path: Path) -> None:
+    config = autoencoder_config(tmp_path / "vq", data_folder)
+    codes = {**TINY_AUTOENCODER, "latent_channels": 4, "num_vq_embeddings": 8}
+    train_autoencoder.train(config.model_copy(update={"vq": VQAutoencoderConfig(**codes)}))
+    assert {"codebook", "perplexity", "discriminator"} <= log_of(tmp_path / "vq")[-1].keys()
+    assert isinstance(load_autoencoder(tmp_path / "vq/model/vae"), VQAutoencoder)
+    forget_accelerator()
+    train_unet.train(unet_config(tmp_path / "unet", data_folder, tmp_path / "vq", trained_clip))
+    pipe = TextToImagePipeline.from_pretrained(tmp_path / "unet/model", device="cpu", dtype="float32")
+    assert pipe("a red house").images[0].size == (32, 32)
 
 
 def test_autoencoder_goes_on_from_another(trained_autoencoder: Path, data_folder: Path, tmp_path: Path) -> None:
@@ -267,6 +279,85 @@ def test_cached_contexts_change_no_bit(
     assert same(*weights)
 
 
+PIXELS = {**TINY_UNET, "sample_size": 32, "in_channels": 3, "out_channels": 3}
+LEARNED_VARIANCE = {"variance_type": "learned_range", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "scheduler", "objective"),
+    [
+        (PIXELS, {}, {"caption_dropout": 1.0}),
+        ({**PIXELS, "out_channels": 6}, LEARNED_VARIANCE, {"loss": "hybrid"}),
+        ({**PIXELS, "out_channels": 6}, LEARNED_VARIANCE, {"loss": "bound", "times": "importance"}),
+    ],
+    ids=["ddpm", "hybrid", "bound"],
+)
+def test_a_model_of_pixels_renders(
+    model: dict[str, Any],
+    scheduler: dict[str, Any],
+    objective: dict[str, Any],
+    trained_clip: Path,
+    data_folder: Path,
+    tmp_path: Path,
+) -> None:
+    config = unet_config(
+        tmp_path,
+        data_folder,
+        tmp_path,
+        trained_clip,
+        autoencoder=None,
+        model=model,
+        scheduler=scheduler,
+        objective=objective,
+        loop=loop_config(tmp_path, steps=4),
+        settings={"steps": 2, "guidance": 0.0, "sampler": "ddpm"},
+    )
+    train_unet.train(config)
+    assert len(log_of(tmp_path)) == 4
+    pipe = TextToImagePipeline.from_pretrained(tmp_path / "model", device="cpu", dtype="float32")
+    assert pipe.own_size == (32, 32)
+    latents = pipe("a red house", output_type="latent").images
+    images = pipe("a red house", output_type="pt").images
+    torch.testing.assert_close(images, (latents / 2 + 0.5).clamp(0, 1))
+
+
+def test_importance_is_remembered_over_a_resume(trained_clip: Path, data_folder: Path, tmp_path: Path) -> None:
+    """Two times and eight pictures: after three steps each has ten losses, and draws are no longer uniform."""
+    logs = []
+    for stops in ([6], [4, 6]):
+        out = tmp_path / str(len(stops))
+        for stop in stops:
+            forget_accelerator()
+            config = unet_config(
+                out,
+                data_folder,
+                tmp_path,
+                trained_clip,
+                autoencoder=None,
+                model=PIXELS,
+                scheduler={"num_train_timesteps": 2},
+                objective={"times": "importance"},
+                train_text_encoder=False,
+                loop=loop_config(out, steps=6, learning_rate=1e-3, minutes=1e-9 if stop < 6 else None, log_every=4),
+            )
+            train_unet.train(config)
+        logs.append(load_file(out / "model/unet/diffusion_pytorch_model.safetensors"))
+    assert same(*logs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"objective": {"loss": "bound", "min_snr_gamma": 5}}, "min_snr_gamma weighs the squared error"),
+        ({"scheduler": {"variance_type": "learned_range"}}, "model.out_channels is 4, but must be 8"),
+        ({"model": {**TINY_UNET, "out_channels": 8}}, "model.out_channels is 8, but must be 4"),
+    ],
+)
+def test_settings_that_contradict_each_other(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        unet_config(tmp_path, tmp_path, tmp_path, tmp_path, **fields)
+
+
 def test_contexts_that_go_out_of_date_are_not_cached(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cache_contexts goes with train_text_encoder: false"):
         unet_config(tmp_path, tmp_path, tmp_path, tmp_path, cache_contexts=True)
@@ -291,7 +382,14 @@ def test_a_missing_folder_is_one_line(
 
 @pytest.mark.parametrize(
     ("stage", "config_class"),
-    [("autoencoder", AutoencoderTrainingConfig), ("clip", ClipTrainingConfig), ("unet", UNetTrainingConfig)],
+    [
+        ("autoencoder", AutoencoderTrainingConfig),
+        ("vq", AutoencoderTrainingConfig),
+        ("clip", ClipTrainingConfig),
+        ("unet", UNetTrainingConfig),
+        ("ddpm", UNetTrainingConfig),
+        ("iddpm", UNetTrainingConfig),
+    ],
 )
 def test_presets_are_valid(stage: str, config_class: Any) -> None:
     preset = Path(train_unet.__file__).parent / "configs" / f"picturebook_{stage}.yaml"
