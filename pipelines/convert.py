@@ -54,7 +54,7 @@ class Certificate:
         """What a person should know of it, one fact each."""
         outputs = ", ".join(f"{part} {value:.2g}" for part, value in self.forward.items())
         facts = [
-            f"{self.family}, prediction type {self.prediction_type}, by {self.prediction_reason}",
+            f"{self.family}, prediction type {self.prediction_type} ({self.prediction_reason})",
             f"{self.tensors} tensors, all configs and the tokenizer come back equal; outputs differ by: {outputs}",
         ]
         facts += [f"rounding changed values by up to {self.rounding:.2g}"] * (self.rounding > 0)

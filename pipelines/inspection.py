@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from pipelines.families import family
+from pipelines.key_map import AVERAGE
 from pipelines.loading import CLASS_NAMES, build_model, read_model
 from pipelines.single_file import unreadable
 
-AVERAGE = "model_ema."
 USUAL = re.compile(
     r"model_ema\..*|(\w+_)?alphas_cumprod(_prev)?|betas|posterior_\w+|logvar|lvlb_weights|scale_factor|global_step"
     r"|first_stage_model\.loss\..*|cond_stage_model\.(.*\.)?(logit_scale|text_projection(\.weight)?|attn_mask)"

@@ -16,6 +16,7 @@ from pipelines.families import PUBLISHED, NetworkConfigs
 from text_encoder.clip import OPEN_CLIP_NAMES, from_open_clip
 
 UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
+AVERAGE = "model_ema."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 RESIDUAL = {
     "norm1": "in_layers.0",
@@ -67,7 +68,7 @@ def from_single_file(
 
 def ema_name(name: str) -> str:
     """Where a single file has the moving average of a U-Net's weight."""
-    return "model_ema." + name.removeprefix("model.").replace(".", "")
+    return AVERAGE + name.removeprefix("model.").replace(".", "")
 
 
 def unused_block(configs: NetworkConfigs, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -123,7 +123,7 @@ def load_model(
     ema: bool = False,
     allow_pickle: bool = False,
 ) -> Model:
-    """Reads a Stable Diffusion folder or a single file; weights stay mapped from disk, in the file's dtype, on the CPU.
+    """Reads a Stable Diffusion folder or a single file; weights keep the file's dtype and are on the CPU.
 
     Args:
         source: None is the embedded default, `hub:owner/name` is downloaded if it is not in the cache.
@@ -142,7 +142,7 @@ def load_model(
     for name, fields in known.items():
         name_unknown_keys(stored.source / name, stored.configs.get(name, {}), fields)
     if stored.source.is_file():
-        notice(f"{stored.source}: prediction type {model.scheduler.prediction_type}, by {stored.prediction_reason}")
+        notice(f"{stored.source}: prediction type {model.scheduler.prediction_type} ({stored.prediction_reason})")
     return model
 
 

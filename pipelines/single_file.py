@@ -26,7 +26,9 @@ from pipelines.families import (
 from pipelines.json_files import naming_file
 from pipelines.key_map import (
     AUTOENCODER,
+    AVERAGE,
     CLIP,
+    OPEN_CLIP,
     UNET,
     ema_name,
     from_single_file,
@@ -59,6 +61,7 @@ from pipelines.weights import (
     PICKLES,
     Weights,
     fill,
+    in_place,
     on_meta,
     read_pickle,
     read_safetensors,
@@ -106,6 +109,9 @@ def read_single_file(
     """
     tensors, metadata = _read(path, allow_pickle)
     naming_file(path, lambda: refuse_other_families(tensors))
+    if path.suffix not in PICKLES:
+        read = (AVERAGE if ema else UNET, AUTOENCODER, CLIP, OPEN_CLIP)
+        tensors |= in_place(path, {name: tensor for name, tensor in tensors.items() if name.startswith(read)})
     tensors = _with_clip_prefix(tensors)
     embedded = _read_embedded(path, metadata)
     if embedded is None:

@@ -1,4 +1,4 @@
-"""Weights on disk: mapped and not copied, checked key by key and for finite values before a module gets them."""
+"""Weights on disk: held in memory once, checked key by key and for finite values before a module gets them."""
 
 import pickle
 import re
@@ -83,15 +83,14 @@ def files_of(path: Path) -> list[Path]:
 
 
 def read_weights(path: Path) -> Weights:
-    """All tensors of what `find_weights` found, mapped from disk.
+    """All tensors of what `find_weights` found, mapped from disk where they lie well there.
 
     Raises:
         ValueError: a file is broken, or does not hold what its index says.
     """
-    files = files_of(path)
-    if files == [path]:
-        return Weights(path, read_safetensors(path)[0])
-    shards = {file.name: read_safetensors(file)[0] for file in files}
+    shards = {file.name: in_place(file, read_safetensors(file)[0]) for file in files_of(path)}
+    if path.name in shards:
+        return Weights(path, shards[path.name])
     names = _shard_names(path)
     refuse(path, "names what its shards lack:", [name for name, shard in names.items() if name not in shards[shard]])
     return Weights(path, {name: shards[shard][name] for name, shard in names.items()})
@@ -108,6 +107,17 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return file.get_tensors(), dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path} is no intact safetensors file: {error}") from None
+
+
+def in_place(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that `read_safetensors` mapped, those read into memory that lie where a CPU's kernels would be slower and
+    round differently: a picture must depend on the weights alone. One tensor of odd size, such as the bias of three
+    colours, shifts all that come after it in a file.
+    """
+    with safe_open(path, framework="pt", backend="pread") as file:
+        return {
+            name: file.get_tensor(name) if tensor.data_ptr() % ALIGNMENT else tensor for name, tensor in tensors.items()
+        }
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -153,7 +163,7 @@ def write_weights(
 
 
 def fill(module: ModuleT, weights: Weights) -> ModuleT:
-    """Gives a module made on the meta device its weights, without a copy of those that lie well in their file.
+    """Gives a module made on the meta device its weights without a copy.
 
     Raises:
         ValueError: keys are missing, unexpected, of the wrong shape or dtype, or not finite (up to five are named).
@@ -173,7 +183,7 @@ def fill(module: ModuleT, weights: Weights) -> ModuleT:
     for name, tensor in found.items():
         if not is_finite(tensor):
             raise ValueError(f"{path}: {name} holds NaN or infinity; the file is damaged or its training diverged")
-    module.load_state_dict({name: _aligned(tensor) for name, tensor in found.items()}, strict=True, assign=True)
+    module.load_state_dict(found, strict=True, assign=True)
     assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
     return module
 
@@ -209,13 +219,6 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor)  # one pass, and NaN wins in both
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, copied if it lies where a CPU's kernels would round differently: a picture must depend on the weights
-    alone. One tensor of odd size, such as the bias of three colours, shifts all that come after it in a file.
-    """
-    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def _shard_names(index: Path) -> dict[str, str]:

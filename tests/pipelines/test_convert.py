@@ -155,7 +155,7 @@ def test_the_command_prints_the_path_and_what_matters(
     assert set(record) == set(Certificate.__dataclass_fields__)
     assert (record["destination"], record["dtypes"], record["unequal"]) == (str(target), ["bfloat16"], [])
     lines = err.splitlines()
-    assert lines[0] == "notice: Stable Diffusion 1.x, prediction type epsilon, by scheduler/scheduler_config.json"
+    assert lines[0] == "notice: Stable Diffusion 1.x, prediction type epsilon (scheduler/scheduler_config.json)"
     assert lines[1].endswith("tensors, all configs and the tokenizer come back equal; outputs differ by: " + ", ".join(
         f"{part} {value:.2g}" for part, value in record["forward"].items()
     ))  # fmt: skip

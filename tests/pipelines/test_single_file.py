@@ -158,7 +158,7 @@ def test_there_and_back_nothing_changes(
     assert torch.equal(pictures[0], pictures[2])
     log = capsys.readouterr().err
     kind = {"1": "epsilon", "2": "v_prediction"}[family]
-    assert f"{files[family]}: prediction type {kind}, by scheduler/scheduler_config.json in its metadata\n" in log
+    assert f"{files[family]}: prediction type {kind} (scheduler/scheduler_config.json in its metadata)\n" in log
 
 
 def test_what_other_programs_look_for(files: dict[str, Path]) -> None:
@@ -335,7 +335,7 @@ def test_a_file_that_says_nothing_is_probed(
     file = as_published(files["2"], tmp_path / "x.safetensors")
     model = loading.load_model(file)
     assert (model.scheduler.prediction, model.unet.config.sample_size) == ("eps", 64)
-    line = f"notice: {file}: prediction type epsilon, by probing: 0.98 of the noise comes back at the last time\n"
+    line = f"notice: {file}: prediction type epsilon (probing: 0.98 of the noise comes back at the last time)\n"
     assert capsys.readouterr().err == line
     assert loading.load_model(file, prediction="v_prediction").scheduler.prediction == "v"
 
