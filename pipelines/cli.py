@@ -1,14 +1,14 @@
 """The `ldm` command. torch is imported only once there is something to render, so that `--help` answers at once."""
 
 import json
-import re
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.exceptions import TyperException
@@ -17,9 +17,15 @@ from pipelines import __version__
 from pipelines.errors import notice, one_line_errors
 
 if TYPE_CHECKING:
+    import torch
+
     from pipelines.text_to_image import TextToImageOutput, TextToImagePipeline
 
-SLUG_LENGTH = 60
+Prediction = Annotated[
+    str | None, typer.Option(help="epsilon, sample or v_prediction; by default what the model says.")
+]
+EMA = Annotated[bool, typer.Option("--ema", help="Of a single file, take the moving average of the U-Net's weights.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read a .ckpt; nothing but its tensors is built.")]
 
 app = typer.Typer(name="ldm", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -51,9 +57,14 @@ def ldm(
 
 @app.command()
 def render(
-    prompt: Annotated[str, typer.Argument(help="What the picture should show.")],
+    prompt: Annotated[str | None, typer.Argument(help="What the picture should show.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="File of prompts, .txt or .jsonl, instead of one. What is in the folder already is skipped."),
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="PNG file to write; by default named after prompt and seed.")
+        Path | None,
+        typer.Option("--output", "-o", help="PNG file, by default named after prompt and seed; of --prompts, folder."),
     ] = None,
     model: Annotated[
         str | None,
@@ -63,30 +74,93 @@ def render(
     steps: Annotated[int | None, typer.Option(help="Sampling steps; by default the model's own number.")] = None,
     guidance: Annotated[float | None, typer.Option(help="How strictly to follow the prompt; 1 is unguided.")] = None,
     rescale: Annotated[float, typer.Option(help="Guidance rescale, 0 to 1; tames over-exposure.")] = 0.0,
-    sampler: Annotated[str | None, typer.Option(help="Sampler, such as ddim or ddpm.")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            help="ddim, ddpm, dpm++, dpm++sde, euler, euler_ancestral, heun, ode or diffusers:CLASS; by default the"
+            " model's own."
+        ),
+    ] = None,
     eta: Annotated[float, typer.Option(help="Fresh noise in each ddim step, 0 to 1.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; each next one adds 1.")] = 0,
     count: Annotated[int, typer.Option("--count", "-n", help="How many pictures.")] = 1,
     width: Annotated[int | None, typer.Option(help="Width in pixels; by default the model's own.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels; by default the model's own.")] = None,
+    init: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much of --init gives way, 0 to 1; by default 0.8, or 1 under a mask.")
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="White where to paint over --init, black where to keep it.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="LoRA file, FILE[:weight]; may be given several times.")
+    ] = None,
+    syntax: Annotated[
+        Literal["plain", "weighted"], typer.Option(help="weighted understands (a:1.3), [a] and BREAK.")
+    ] = "plain",
+    clip_skip: Annotated[int, typer.Option(help="Last layers of the text encoder to leave out.")] = 0,
+    strict_tokens: Annotated[
+        bool, typer.Option("--strict-tokens", help="Refuse a prompt that is too long, instead of cutting it.")
+    ] = False,
+    prediction: Prediction = None,
+    ema: EMA = False,
+    allow_pickle: AllowPickle = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps or xpu; by default the best.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the fastest.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a last line of JSON.")] = False,
 ) -> None:
-    """Renders a prompt and prints the path of each picture."""
+    """Renders a prompt, or those of a file, and prints the path of each picture."""
+    if (prompt is None) == (prompts is None):
+        raise ValueError("give one prompt in quotes, or a file of them with --prompts")
     if count < 1:
         raise ValueError(f"count is {count}; give at least 1")
+    loras = [] if lora is None else [_parse_lora(text) for text in lora]
+    began = time.perf_counter()
+    if prompts is not None:
+        given = {
+            "negative": negative,
+            "count": count,
+            "steps": steps,
+            "guidance": guidance,
+            "rescale": rescale,
+            "sampler": sampler,
+            "eta": eta,
+            "width": width,
+            "height": height,
+            "syntax": syntax,
+            "clip_skip": clip_skip,
+            "init": None if init is None else str(init),
+            "mask": None if mask is None else str(mask),
+            "strength": strength,
+        }
+        if strict_tokens:
+            raise ValueError("--strict-tokens goes with one prompt; leave it out with --prompts")
+
+        def load(device: "torch.device") -> "TextToImagePipeline":
+            from pipelines.text_to_image import TextToImagePipeline
+
+            pipe = TextToImagePipeline.from_pretrained(model, device, dtype, prediction, ema, allow_pickle)
+            pipe.load_loras(loras)
+            return pipe
+
+        done = _render_file(prompts, output, seed, given, device, load)
+        if as_json:
+            print(json.dumps({"pictures": done, "seconds": round(time.perf_counter() - began, 3)}))
+        return
+    assert prompt is not None
     from pipelines.png import check_writable
 
     paths = output_paths(output, prompt, seed, count)
     for path in paths:
         check_writable(path)
 
+    from pipelines.image_to_image import open_init
     from pipelines.text_to_image import TextToImagePipeline
 
-    start = time.perf_counter()
-    pipe = TextToImagePipeline.from_pretrained(model, device, dtype)
-    with _progress(pipe.settings.steps if steps is None else steps) as on_step:
+    source = open_init(init, mask, strength)  # what is wrong with it is told before a big model is read
+    pipe = TextToImagePipeline.from_pretrained(model, device, dtype, prediction, ema, allow_pickle)
+    pipe.load_loras(loras)
+    total = pipe.settings.steps if steps is None else steps
+    with _progress(total if source is None else int(total * source.strength)) as on_step:
         out = pipe(
             prompt,
             negative_prompt=negative,
@@ -99,18 +173,91 @@ def render(
             width=width,
             num_images_per_prompt=count,
             seed=seed,
+            image=init,
+            mask_image=mask,
+            strength=strength,
             on_step=on_step,
+            prompt_syntax=syntax,
+            clip_skip=clip_skip,
+            strict_tokens=strict_tokens,
         )
-    record = write_pictures(pipe, out, paths)
+    record = write_pictures(pipe, out, paths, init, mask)
     if as_json:
         pictures = [{"path": str(path), "seed": each} for path, each in zip(paths, out.seeds, strict=True)]
-        seconds = round(time.perf_counter() - start, 3)
-        print(json.dumps({"pictures": pictures, "seconds": seconds, **record}))
+        print(json.dumps({"pictures": pictures, "seconds": round(time.perf_counter() - began, 3), **record}))
 
 
-Prediction = Annotated[
-    str | None, typer.Option(help="epsilon, sample or v_prediction; by default what the model says.")
-]
+def _parse_lora(text: str) -> tuple[Path, float]:
+    from pipelines.lora import parse_lora
+
+    return parse_lora(text)
+
+
+def _render_file(
+    file: Path,
+    output: Path | None,
+    seed: int,
+    given: dict[str, Any],
+    device: str | None,
+    load: Callable[["torch.device"], "TextToImagePipeline"],
+) -> list[dict[str, Any]]:
+    """Renders a file of prompts, prints the path of each picture, and returns them all."""
+    from tqdm import tqdm
+
+    from pipelines.prompt_file import device_of, open_folder, process_of, read_prompts, render_prompts
+
+    process = process_of(os.environ)
+    listed = read_prompts(file, seed, given)
+    folder = open_folder(output)
+    pipe = load(device_of(os.environ, device))
+    done = []
+    pictures = render_prompts(pipe, listed, folder, process)
+    for picture in tqdm(pictures, desc="render", unit="picture", leave=False, disable=not sys.stderr.isatty()):
+        print(picture.path)
+        done.append({"path": str(picture.path), "seed": picture.seed, "rendered": picture.rendered})
+    return done
+
+
+@app.command()
+def replay(
+    image: Annotated[Path, typer.Argument(help="PNG file that was rendered here.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="PNG file for the picture made again.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model it was made with; by default the built-in one.")] = None,
+    init: Annotated[Path | None, typer.Option(help="The picture that it started from.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="The mask that it was painted under.")] = None,
+    lora: Annotated[list[Path] | None, typer.Option(help="A LoRA file that it was made with, in their order.")] = None,
+    device: Annotated[str | None, typer.Option(help="By default that of the picture.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="By default that of the picture.")] = None,
+    prediction: Prediction = None,
+    ema: EMA = False,
+    allow_pickle: AllowPickle = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a last line of JSON.")] = False,
+) -> None:
+    """Renders a picture again from its own record, and says whether it is identical or how far off."""
+    from pipelines.png import check_writable, write_png
+    from pipelines.replay import replay
+
+    if output is not None:
+        check_writable(output)
+    made = replay(
+        image,
+        model,
+        init=init,
+        mask=mask,
+        loras=lora or [],
+        device=device,
+        dtype=dtype,
+        prediction=prediction,
+        ema=ema,
+        allow_pickle=allow_pickle,
+    )
+    for line in made.lines():
+        notice(line)
+    if output is not None:
+        write_png(output, made.image, made.now.model_dump())
+        print(output)
+    if as_json:
+        print(json.dumps(made.summary()))
 
 
 @app.command()
@@ -121,10 +268,8 @@ def convert(
         str | None, typer.Option(help="float32, bfloat16 or float16 (fp32, bf16, fp16); by default each tensor's own.")
     ] = None,
     prediction: Prediction = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Take the moving average of the U-Net's weights.")] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read a .ckpt; nothing but its tensors is built.")
-    ] = False,
+    ema: EMA = False,
+    allow_pickle: AllowPickle = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as a last line of JSON.")] = False,
 ) -> None:
     """Turns a model folder into a single file or back, proves that nothing was lost, and prints its path."""
@@ -161,39 +306,23 @@ def output_paths(output: Path | None, prompt: str, seed: int, count: int) -> lis
     """
     if output is not None:
         return [output.with_stem(f"{output.stem}-{index}") for index in range(count)] if count > 1 else [output]
-    slug = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:SLUG_LENGTH].strip("-") or "picture"
-    return [_unused(f"{slug}-{seed + index}") for index in range(count)]
+    from pipelines.png import slug
+
+    return [_unused(f"{slug(prompt)}-{seed + index}") for index in range(count)]
 
 
-def write_pictures(pipe: "TextToImagePipeline", out: "TextToImageOutput", paths: Sequence[Path]) -> dict[str, Any]:
+def write_pictures(
+    pipe: "TextToImagePipeline", out: "TextToImageOutput", paths: Sequence[Path], init: Path | None, mask: Path | None
+) -> dict[str, Any]:
     """Writes the pictures, prints their paths, and returns the record that they share (all but the seed)."""
-    import torch
+    from pipelines.png import write_png
+    from pipelines.replay import make_records
 
-    from pipelines.loading import DEFAULT_MODEL, weight_files
-    from pipelines.png import weights_sha256, write_png
-
-    request, source = out.request, pipe.model.source
-    assert source is not None
-    shared = {
-        "prompt": request.prompts[0],
-        "negative": request.negatives[0],
-        "steps": request.steps,
-        "guidance": request.guidance,
-        "rescale": request.rescale,
-        "sampler": request.sampler,
-        "eta": request.eta,
-        "width": request.width,
-        "height": request.height,
-        "model": "default" if source == DEFAULT_MODEL else source.resolve().name,
-        "sha256": weights_sha256(weight_files(source)),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "device": pipe.device.type,
-        "versions": {"ldm": __version__, "torch": torch.__version__},
-    }
-    for path, image, seed in zip(paths, out.images, out.seeds, strict=True):
-        write_png(path, image, {**shared, "seed": seed})
+    records = [record.model_dump() for record in make_records(pipe, out.request, out.seeds, init, mask)]
+    for path, image, record in zip(paths, out.images, records, strict=True):
+        write_png(path, image, record)
         print(path)
-    return shared
+    return {name: value for name, value in records[0].items() if name != "seed"}
 
 
 def _unused(name: str) -> Path:

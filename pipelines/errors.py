@@ -8,6 +8,13 @@ from safetensors import SafetensorError
 
 FAULT = 2  # the exit code of every error that the user can mend
 INTERRUPTED = 130
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "could not create a primitive",  # so oneDNN says it
+    "could not create a memory",
+)
 
 
 def one_line(error: BaseException) -> str:
@@ -33,7 +40,7 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError, SafetensorError) as error:
         text = one_line(error)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         text = "out of memory; make fewer or smaller pictures at once"
     except KeyboardInterrupt:
@@ -44,10 +51,11 @@ def one_line_errors() -> Iterator[None]:
     raise SystemExit(FAULT)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the CPU or on an accelerator."""
     # torch raises a plain RuntimeError on the CPU; its own class for accelerators must not be imported here
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
+        or any(sign in str(error) for sign in OUT_OF_MEMORY)
     )

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from pipelines.errors import _is_out_of_memory, notice
+from pipelines.errors import is_out_of_memory, notice
 from pipelines.image_to_image import InitImage, open_init
 from pipelines.json_files import naming_file
 from pipelines.png import check_writable, slug, write_png
@@ -204,25 +204,20 @@ def plan(pipe: TextToImagePipeline, prompts: Sequence[Prompt]) -> list[list[Pict
 
 def make_request(pipe: TextToImagePipeline, options: Options, init: InitImage | None) -> Request:
     """One picture, with the model's defaults filled in. Raises ValueError for what this model cannot do."""
-    multiple = max(8, pipe.autoencoder.downsampling_factor)
-    height, width = pipe.own_size if init is None else init.size(options.height, options.width, multiple)
-    request = Request(
-        prompts=checked_prompts(options.prompt, 1),
-        negatives=checked_negatives(options.negative, 1, 1),
-        steps=pipe.settings.steps if options.steps is None else options.steps,
-        guidance=pipe.settings.guidance if options.guidance is None else options.guidance,
+    return pipe.request(
+        checked_prompts(options.prompt, 1),
+        checked_negatives(options.negative, 1, 1),
+        init,
+        steps=options.steps,
+        guidance=options.guidance,
         rescale=options.rescale,
-        sampler=options.sampler or pipe.settings.sampler or pipe.model.scheduler.sampler,
+        sampler=options.sampler,
         eta=options.eta,
-        height=height if options.height is None else options.height,
-        width=width if options.width is None else options.width,
+        height=options.height,
+        width=options.width,
         syntax=options.syntax,
         clip_skip=options.clip_skip,
-        strength=None if init is None else init.strength,
     )
-    request.check_steps(pipe.schedule.steps)
-    request.check_size(multiple)
-    return request
 
 
 def render_prompts(
@@ -270,7 +265,7 @@ def _render_in_memory(
     try:
         images = render(pipe, *together).images
     except (RuntimeError, MemoryError) as error:
-        if len(pictures) == 1 or not _is_out_of_memory(error):
+        if len(pictures) == 1 or not is_out_of_memory(error):
             raise
         return None
     return dict(zip(pictures, zip(images, make_records(pipe, *together), strict=True), strict=True))

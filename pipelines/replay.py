@@ -63,6 +63,7 @@ class Record(BaseModel, frozen=True, extra="ignore"):
     loras: tuple[WeightedSource, ...] = ()
     model: str
     sha256: str
+    prediction: str | None = None
     dtype: str
     device: str
     batch: int = Field(default=1, ge=1)
@@ -128,6 +129,7 @@ def make_records(
         "loras": tuple(WeightedSource(_digest(lora.path), lora.path.name, weight) for lora, weight in pipe.loras),
         "model": "default" if source == DEFAULT_MODEL else source.resolve().name,
         "sha256": weights_sha256(weight_files(source)),
+        "prediction": pipe.model.scheduler.prediction_type,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe.device.type,
         "versions": {"ldm": __version__, "torch": str(torch.__version__)},
@@ -227,6 +229,9 @@ def replay(
     loras: Sequence[FilePath] = (),
     device: str | None = None,
     dtype: str | None = None,
+    prediction: str | None = None,
+    ema: bool = False,
+    allow_pickle: bool = False,
 ) -> Replayed:
     """Renders a picture again from its own record, in a batch of the same size, and compares every pixel.
 
@@ -237,6 +242,7 @@ def replay(
         init, mask, loras: the files that the picture was made with, if it was; the LoRAs' weights are in the record.
         device: None is the record's, or the best here if there is none such.
         dtype: None is the record's.
+        prediction, ema, allow_pickle: how to read the model, as `pipelines.loading.load_model` does.
 
     Raises:
         ValueError: one line; the file is no picture with a whole record, it was resized since, or files that it was
@@ -253,9 +259,10 @@ def replay(
     _check_given(path, "mask", [] if before.mask is None else [before.mask], [] if mask is None else [mask])
     _check_given(path, "lora", before.loras, loras)
     request = naming_file(path, before.request)
-    pipe = TextToImagePipeline.from_pretrained(model, device or _device_like(before.device), dtype or before.dtype)
-    for file, lora in zip(loras, before.loras, strict=True):
-        pipe.load_lora(file, lora.weight)
+    pipe = TextToImagePipeline.from_pretrained(
+        model, device or _device_like(before.device), dtype or before.dtype, prediction, ema, allow_pickle
+    )
+    pipe.load_loras([(file, lora.weight) for file, lora in zip(loras, before.loras, strict=True)])
     # Copies of the picture instead of its former neighbours: its own rounding does not depend on what they show.
     copies = min(before.batch, BATCH)
     many = replace(request, prompts=request.prompts * copies, negatives=request.negatives * copies)

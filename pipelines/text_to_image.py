@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -65,14 +65,19 @@ class TextToImagePipeline:
         source: str | os.PathLike[str] | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        prediction: str | None = None,
+        ema: bool = False,
+        allow_pickle: bool = False,
     ) -> "TextToImagePipeline":
-        """Reads a Stable Diffusion folder; None is the embedded default.
+        """Reads a Stable Diffusion folder, a single file or `hub:owner/name`; None is the embedded default.
+
+        `prediction`, `ema` and `allow_pickle` are those of `pipelines.loading.load_model`.
 
         Raises:
             ValueError: one line that names the file, device or dtype and what is wrong with it.
         """
         device = pick_device(device)  # before the weights are read, which may take long
-        return cls(load_model(source), device, pick_dtype(dtype, device))
+        return cls(load_model(source, prediction, ema, allow_pickle), device, pick_dtype(dtype, device))
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Writes a Stable Diffusion folder that diffusers loads too; `dtype` None keeps the pipeline's own.
@@ -81,16 +86,21 @@ class TextToImagePipeline:
         """
         save_model(folder, self.model, dtype)
 
-    def load_lora(self, file: str | os.PathLike[str], weight: float = 1.0) -> None:
-        """Adds a LoRA file to those there are. Raises ValueError, one line; then nothing has changed."""
-        self._set_loras([*self.loras, (read_lora(file, self.unet, self.text_encoder), weight)])
+    def load_loras(self, files: Sequence[tuple[str | os.PathLike[str], float]]) -> None:
+        """Adds LoRA files, each with its weight, to those there are.
 
-    def unload_lora(self) -> None:
+        Raises:
+            ValueError: one line that names the file and what is wrong with it; then nothing has changed.
+        """
+        self._set_loras([*self.loras, *((read_lora(file, self.unet, self.text_encoder), w) for file, w in files)])
+
+    def unload_loras(self) -> None:
         """Takes all LoRAs out; every weight is what it was, to the bit."""
         self._set_loras([])
 
     def _set_loras(self, loras: list[tuple[LoRA, float]]) -> None:
-        self._originals = apply_loras(self.unet, self.text_encoder, loras, self._originals)
+        if loras or self.loras:
+            self._originals = apply_loras(self.unet, self.text_encoder, loras, self._originals)
         self.loras = loras
 
     def __call__(
@@ -146,24 +156,20 @@ class TextToImagePipeline:
         prompts = checked_prompts(prompt, num_images_per_prompt)
         copies = num_images_per_prompt
         init = open_init(image, mask_image, strength)
-        multiple = max(8, self.autoencoder.downsampling_factor)
-        own_height, own_width = self.own_size if init is None else init.size(height, width, multiple)
-        request = Request(
-            prompts=prompts,
-            negatives=checked_negatives(negative_prompt, len(prompts) // copies, copies),
-            steps=self.settings.steps if num_inference_steps is None else num_inference_steps,
-            guidance=self.settings.guidance if guidance_scale is None else guidance_scale,
+        request = self.request(
+            prompts,
+            checked_negatives(negative_prompt, len(prompts) // copies, copies),
+            init,
+            steps=num_inference_steps,
+            guidance=guidance_scale,
             rescale=guidance_rescale,
-            sampler=sampler or self.settings.sampler or self.model.scheduler.sampler,
+            sampler=sampler,
             eta=eta,
-            height=own_height if height is None else height,
-            width=own_width if width is None else width,
+            height=height,
+            width=width,
             syntax=prompt_syntax,
             clip_skip=clip_skip,
-            strength=None if init is None else init.strength,
         )
-        request.check_steps(self.schedule.steps)
-        request.check_size(multiple)
         if self.inpaints and mask_image is None:
             raise ValueError("this is an inpainting model; give an image and a mask, white where to paint")
         grid = self._time_grid(request)
@@ -178,6 +184,41 @@ class TextToImagePipeline:
             return TextToImageOutput(latents, seeds, request)
         images = self._decode(latents)
         return TextToImageOutput(images if output_type == "pt" else to_pil(images), seeds, request)
+
+    def request(
+        self,
+        prompts: tuple[str, ...],
+        negatives: tuple[str, ...],
+        init: InitImage | None = None,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        **others: Any,
+    ) -> Request:
+        """What is asked for, checked, with the model's own defaults for what is None; `others` are `Request`'s fields.
+
+        Raises:
+            ValueError: one line that names the argument and what is allowed.
+        """
+        multiple = max(8, self.autoencoder.downsampling_factor)
+        own_height, own_width = self.own_size if init is None else init.size(height, width, multiple)
+        request = Request(
+            prompts,
+            negatives,
+            steps=self.settings.steps if steps is None else steps,
+            guidance=self.settings.guidance if guidance is None else guidance,
+            sampler=sampler or self.settings.sampler or self.model.scheduler.sampler,
+            height=own_height if height is None else height,
+            width=own_width if width is None else width,
+            strength=None if init is None else init.strength,
+            **others,
+        )
+        request.check_steps(self.schedule.steps)
+        request.check_size(multiple)
+        return request
 
     @property
     def own_size(self) -> tuple[int, int]:

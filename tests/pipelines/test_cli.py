@@ -95,7 +95,15 @@ def test_the_record_says_how_the_picture_was_made(run: Run, model_folder: Path) 
         "eta": 0.25,
         "width": 72,
         "height": 56,
+        "syntax": "plain",
+        "clip_skip": 0,
+        "strength": None,
+        "init": None,
+        "mask": None,
+        "loras": [],
         "model": "tiny",
+        "prediction": "epsilon",
+        "batch": 1,
         "dtype": "float32",
         "device": "cpu",
         "versions": {"ldm": pipelines.__version__, "torch": torch.__version__},
@@ -111,7 +119,7 @@ def test_a_single_file_renders_what_its_folder_does(run: Run, model_folder: Path
     code, out, err = run("a house", "-o", "y.png", model=file)
     assert (code, out) == (0, "y.png\n")
     assert err == (
-        "notice: tiny.safetensors: prediction type epsilon, by scheduler/scheduler_config.json in its metadata\n"
+        "notice: tiny.safetensors: prediction type epsilon (scheduler/scheduler_config.json in its metadata)\n"
     )
     assert Image.open("x.png").tobytes() == Image.open("y.png").tobytes()
     folder, single = read_record(Path("x.png")), read_record(Path("y.png"))
@@ -155,7 +163,17 @@ BAD_INPUT: list[tuple[list[str], str]] = [
     (["a", "-o", "none/x.png"], "folder none does not exist; make it first"),
     (["a", "-o", "/proc/x.png"], "nothing can be written to /proc"),
     (["a", "-o", "x.jpg"], "ends in .png"),
-    ([], "Missing argument"),
+    ([], "give one prompt in quotes, or a file of them with --prompts"),
+    (["a", "--prompts", "x.txt"], "give one prompt in quotes, or a file of them with --prompts"),
+    (["--prompts", "x.txt", "-o", "pictures"], "x.txt: No such file"),
+    (["--prompts", "x.txt", "--strict-tokens"], "--strict-tokens goes with one prompt"),
+    (["a", "--mask", "m.png"], "mask"),
+    (["a", "--strength", "0.5"], "strength"),
+    (["a", "--init", "none.png"], "none.png"),
+    (["a", "--lora", "none.safetensors:0.5"], "none.safetensors"),
+    (["a", "--lora", "x.safetensors:much"], "much"),
+    (["a", "--syntax", "magic"], "'magic' is not one of"),
+    (["a", "--clip-skip", "9"], "clip_skip"),
     (["a", "b"], "unexpected extra argument"),
     (["a", "--magic"], "No such option"),
 ]
@@ -169,6 +187,34 @@ def test_bad_input_is_one_line_and_exit_code_2(run: Run, arguments: list[str], f
     assert err.count("\n") == 1
     assert fault.lower() in err.lower()
     assert os.listdir() == []
+
+
+def test_a_file_of_prompts_is_rendered_once(run: Run) -> None:
+    Path("list.jsonl").write_text('{"prompt": "a house", "seed": 7}\n{"prompt": "two fish", "steps": 2}\n')
+    code, out, _ = run("--prompts", "list.jsonl", "-o", "pictures", "--json")
+    paths = ["pictures/00000-a-house-7.png", "pictures/00001-two-fish-1.png"]
+    assert (code, out.splitlines()[:2]) == (0, paths)
+    assert [each["rendered"] for each in json.loads(out.splitlines()[2])["pictures"]] == [True, True]
+    assert [read_record(Path(path))["steps"] for path in paths] == [1, 2]
+    again = run("--prompts", "list.jsonl", "-o", "pictures", "--json")[1].splitlines()[2]
+    assert [each["rendered"] for each in json.loads(again)["pictures"]] == [False, False]
+
+
+def test_a_picture_is_replayed(run: Run, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("a house", "-o", "x.png", "--init", str(picture_file()), "--strength", "1")[0] == 0
+    capsys.readouterr()
+    arguments = ["replay", "x.png", "--init", "init.png", "--model", str(model_folder), "-o", "y.png", "--json"]
+    assert cli.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == "y.png"
+    assert json.loads(out.splitlines()[1])["identical"]
+    assert err.splitlines()[-1] == "notice: identical"
+    assert Image.open("y.png").tobytes() == Image.open("x.png").tobytes()
+
+
+def picture_file() -> Path:
+    Image.new("RGB", (64, 64), "orange").save("init.png")
+    return Path("init.png")
 
 
 def test_no_accelerator(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,10 +147,10 @@ def test_loras_come_and_go(pipe: TextToImagePipeline, tmp_path: Path) -> None:
     down, up = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
     save_file({f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}, tmp_path / "lora.safetensors")
     before, original = latents_of(pipe), weight.clone()
-    pipe.load_lora(tmp_path / "lora.safetensors", 0.5)
+    pipe.load_loras([(tmp_path / "lora.safetensors", 0.5)])
     torch.testing.assert_close(pipe.unet.get_parameter(f"{name}.weight"), original + 0.5 * up @ down)
     assert not torch.equal(latents_of(pipe), before)
-    pipe.unload_lora()
+    pipe.unload_loras()
     assert torch.equal(pipe.unet.get_parameter(f"{name}.weight"), original)
     assert torch.equal(latents_of(pipe), before)
 

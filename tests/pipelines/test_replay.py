@@ -90,7 +90,7 @@ def test_a_replay_is_identical(pipe: TextToImagePipeline, model_folder: Path, op
 
 def test_a_record_of_an_earlier_version_is_understood(pipe: TextToImagePipeline, model_folder: Path) -> None:
     record = made(pipe, "x.png").model_dump()
-    for name in ("syntax", "clip_skip", "strength", "init", "mask", "loras", "batch"):
+    for name in ("syntax", "clip_skip", "strength", "init", "mask", "loras", "batch", "prediction"):
         del record[name]
     with Image.open("x.png") as picture:
         write_png(Path("x.png"), picture, {**record, "unknown": 1})
@@ -128,6 +128,13 @@ def test_other_weights_render_all_the_same_and_are_told(pipe: TextToImagePipelin
         "model": {"before": "tiny", "now": "tiny"},
         "changes": {"sha256": {"before": before.sha256, "now": again.now.sha256}},
     }
+
+
+def test_a_model_may_be_read_otherwise(pipe: TextToImagePipeline, model_folder: Path) -> None:
+    made(pipe, "x.png")
+    again = replay("x.png", model_folder, prediction="v_prediction")
+    assert not again.identical
+    assert again.before.changes(again.now) == {"prediction": ("epsilon", "v_prediction")}
 
 
 def test_the_dtype_and_the_device_are_the_record_s_unless_others_are_named(
@@ -173,8 +180,7 @@ def test_the_files_to_start_from(pipe: TextToImagePipeline, model_folder: Path) 
 def test_loras(model_folder: Path, lora_file: Path) -> None:
     pipe = TextToImagePipeline.from_pretrained(model_folder, "cpu", "float32")
     made(pipe, "plain.png")
-    pipe.load_lora(lora_file, 0.5)
-    pipe.load_lora(lora_file, 0.25)
+    pipe.load_loras([(lora_file, 0.5), (lora_file, 0.25)])
     record = made(pipe, "x.png")
     assert Path("plain.png").read_bytes() != Path("x.png").read_bytes()
     assert [(lora.file, lora.weight) for lora in record.loras] == [
