@@ -201,6 +201,8 @@ def main() -> None:
         if args.prompts < 4:
             raise ValueError(f"--prompts is {args.prompts}; give at least 4")
         pipe = TextToImagePipeline.from_pretrained(args.model, args.device, args.dtype)
+        if args.record and pipe.model.folder is None:
+            raise ValueError(f"--record writes into a model folder, but {args.model} is a file; write --json instead")
         guidances = args.guidance or [None]
         result = evaluate(pipe, args.prompts, seed=args.seed, steps=args.steps, guidances=guidances, sheet=args.sheet)
         if args.json is not None:

@@ -11,6 +11,7 @@ from judge import load_judge
 from PIL import Image
 
 from pipelines import TextToImagePipeline
+from pipelines.loading import load_model, save_model
 
 
 def test_accuracy_counts_a_picture_only_if_all_is_right() -> None:
@@ -64,6 +65,18 @@ def test_frechet_distance_is_zero_for_the_same_set_and_grows_with_the_difference
     assert evaluate.frechet(judge, real, real) == pytest.approx(0, abs=1e-3)
     little, much = (evaluate.frechet(judge, real, real + error * torch.randn_like(real)) for error in (0.1, 0.5))
     assert 0 < little < much
+
+
+def test_scores_are_recorded_in_folders_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "model.safetensors"
+    save_model(file, load_model())
+    monkeypatch.setattr("sys.argv", ["evaluate.py", str(file), "--record"])
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main()
+    assert stopped.value.code == 2
+    assert "--record writes into a model folder" in capsys.readouterr().err
 
 
 def test_the_default_model_draws_what_it_is_told(tmp_path: Path) -> None:
