@@ -1,4 +1,4 @@
-"""Decoding in parts, for pictures too large or too many to be decoded at once."""
+"""Decoding in tiles, for pictures too large to be decoded at once."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,11 +18,6 @@ class LatentDecoder(Protocol):
     def downsampling_factor(self) -> int: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...
-
-
-def decode_sliced(autoencoder: LatentDecoder, latents: Tensor) -> Tensor:
-    """Images [B,3,H,W] of scaled latents [B,C,h,w], one picture at a time."""
-    return torch.cat([autoencoder.decode(one) for one in torch.split(latents, 1)])
 
 
 def decode_tiled(autoencoder: LatentDecoder, latents: Tensor, tile: int, overlap: int) -> Tensor:

@@ -1,6 +1,6 @@
 """From a network to a denoiser: what samplers call, whatever the network predicts and in whatever precision it runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +96,20 @@ def make_denoiser(network: Network, schedule: ForwardProcess, prediction: Predic
         ValueError: unknown prediction, or one of eps or the score under zero terminal SNR.
     """
     return ConditionalDenoiser(network, schedule, prediction)
+
+
+def in_turn(denoisers: Sequence[Denoiser], sizes: list[int]) -> Denoiser:
+    """One denoiser for a big batch from one for each part of it, of these sizes, so that memory stays bounded while
+    a sampler, and so its noise, sees all pictures at once.
+    """
+
+    def denoise(x_t: Tensor, t: Tensor) -> Estimate:
+        parts = zip(denoisers, torch.split(x_t, sizes), torch.split(t.expand(len(x_t)), sizes), strict=True)
+        estimates = [one(some_x, some_t) for one, some_x, some_t in parts]
+        variances = [estimate.v for estimate in estimates if estimate.v is not None]
+        return Estimate(torch.cat([estimate.x0 for estimate in estimates]), torch.cat(variances) if variances else None)
+
+    return denoise
 
 
 def _first_parameter(network: Network) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""Picture files as plain RGB, whatever they hold, and as tensors."""
+"""Pictures as plain RGB, whatever their files hold, and as tensors."""
 
 import numpy as np
 import torch
@@ -28,3 +28,9 @@ def as_tensor(image: Image.Image) -> Tensor:
     """An RGB picture as float32 [3,H,W] in [-1,1]."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.reshape(image.height, image.width, 3).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Images [N,3,H,W] in [0, 1] as 8-bit RGB pictures, rounded to the nearest."""
+    pixels = (images * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return [Image.fromarray(picture.numpy()) for picture in pixels]

@@ -98,6 +98,9 @@ def render(
         Literal["plain", "weighted"], typer.Option(help="weighted understands (a:1.3), [a] and BREAK.")
     ] = "plain",
     clip_skip: Annotated[int, typer.Option(help="Last layers of the text encoder to leave out.")] = 0,
+    tiled: Annotated[
+        bool, typer.Option("--tiled", help="Decode in tiles, for large pictures in little memory.")
+    ] = False,
     strict_tokens: Annotated[
         bool, typer.Option("--strict-tokens", help="Refuse a prompt that is too long, instead of cutting it.")
     ] = False,
@@ -128,6 +131,7 @@ def render(
             "height": height,
             "syntax": syntax,
             "clip_skip": clip_skip,
+            "tiled": tiled,
             "init": None if init is None else str(init),
             "mask": None if mask is None else str(mask),
             "strength": strength,
@@ -179,6 +183,7 @@ def render(
             on_step=on_step,
             prompt_syntax=syntax,
             clip_skip=clip_skip,
+            tiled=tiled,
             strict_tokens=strict_tokens,
         )
     record = write_pictures(pipe, out, paths, init, mask)

@@ -48,6 +48,7 @@ class Options(BaseModel, frozen=True, extra="forbid", strict=True):
     height: int | None = None
     syntax: Literal["plain", "weighted"] = "plain"
     clip_skip: int = Field(default=0, ge=0)
+    tiled: bool = False
     init: str | None = None
     mask: str | None = None
     strength: float | None = None
@@ -217,6 +218,7 @@ def make_request(pipe: TextToImagePipeline, options: Options, init: InitImage | 
         width=options.width,
         syntax=options.syntax,
         clip_skip=options.clip_skip,
+        tiled=options.tiled,
     )
 
 

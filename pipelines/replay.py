@@ -57,6 +57,7 @@ class Record(BaseModel, frozen=True, extra="ignore"):
     height: int
     syntax: Literal["plain", "weighted"] = "plain"
     clip_skip: int = 0
+    tiled: bool = False
     strength: float | None = None
     init: Source | None = None
     mask: Source | None = None
@@ -89,6 +90,7 @@ class Record(BaseModel, frozen=True, extra="ignore"):
             width=self.width,
             syntax=self.syntax,
             clip_skip=self.clip_skip,
+            tiled=self.tiled,
             strength=self.strength,
         )
 
@@ -123,6 +125,7 @@ def make_records(
         "height": request.height,
         "syntax": request.syntax,
         "clip_skip": request.clip_skip,
+        "tiled": request.tiled,
         "strength": request.strength,
         "init": None if init is None else Source(_digest(init), Path(init).name),
         "mask": None if mask is None else Source(_digest(mask), Path(mask).name),
@@ -173,6 +176,7 @@ def render(
         strength=request.strength,
         prompt_syntax="weighted" if request.syntax == "weighted" else "plain",
         clip_skip=request.clip_skip,
+        tiled=request.tiled,
     )
 
 

@@ -37,6 +37,7 @@ class Request:
     width: int
     syntax: str = "plain"
     clip_skip: int = 0
+    tiled: bool = False
     strength: float | None = None
 
     def __post_init__(self) -> None:

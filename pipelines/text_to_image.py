@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor, nn
 
+from autoencoder.tiling import decode_tiled
 from ldm.conditioning import Concatenated
-from ldm.denoiser import Denoiser, Estimate, make_denoiser
+from ldm.denoiser import in_turn, make_denoiser
 from ldm.guidance import classifier_free, keep_known
+from ldm.pictures import to_pil
 from ldm.samplers import StepInfo
 from pipelines.errors import notice
 from pipelines.image_to_image import ImageSource, InitImage, Start, open_init, start_from
@@ -24,6 +26,7 @@ from pipelines.settings import words_in
 from text_encoder import encode_prompts
 
 BATCH = 8  # pictures that go through the networks at once; bounds memory, and changes no picture beyond rounding
+TILE, OVERLAP = 64, 16  # latents
 OUTPUT_TYPES = ("pil", "pt", "latent")
 FAR = 1.5  # a side this many times the model's own, or its inverse, is worth a notice
 
@@ -126,6 +129,7 @@ class TextToImagePipeline:
         prompt_syntax: Literal["plain", "weighted"] = "plain",
         clip_skip: int = 0,
         strict_tokens: bool = False,
+        tiled: bool = False,
         output_type: Literal["pil", "pt", "latent"] = "pil",
     ) -> TextToImageOutput:
         """Renders each prompt `num_images_per_prompt` times; pictures come prompt by prompt, then copy by copy.
@@ -147,6 +151,7 @@ class TextToImagePipeline:
             on_step: called after each step with a `StepInfo` of all pictures; may raise to cancel.
             prompt_syntax, clip_skip: what the text means; see `text_encoder.prompt`.
             strict_tokens: refuse a prompt that would be cut, instead of saying what was cut.
+            tiled: decode in tiles of 64 latents, one picture at a time, for large pictures in little memory.
 
         Raises:
             ValueError: one line that names the argument and what is allowed, or says that the result is not finite.
@@ -169,6 +174,7 @@ class TextToImagePipeline:
             width=width,
             syntax=prompt_syntax,
             clip_skip=clip_skip,
+            tiled=tiled,
         )
         if self.inpaints and mask_image is None:
             raise ValueError("this is an inpainting model; give an image and a mask, white where to paint")
@@ -182,7 +188,7 @@ class TextToImagePipeline:
         latents = self._sample(request, contexts, start, grid, generators, on_step)
         if output_type == "latent":
             return TextToImageOutput(latents, seeds, request)
-        images = self._decode(latents)
+        images = self._decode(latents, tiled)
         return TextToImageOutput(images if output_type == "pt" else to_pil(images), seeds, request)
 
     def request(
@@ -370,32 +376,14 @@ class TextToImagePipeline:
         return x if known is None else torch.lerp(known.latents, x, known.mask)
 
     @torch.no_grad()
-    def _decode(self, latents: Tensor) -> Tensor:
-        images = torch.cat(
-            [self.autoencoder.decode(some.to(self.dtype)).float() for some in torch.split(latents, BATCH)]
+    def _decode(self, latents: Tensor, tiled: bool) -> Tensor:
+        decode = (
+            partial(decode_tiled, self.autoencoder, tile=TILE, overlap=OVERLAP) if tiled else self.autoencoder.decode
         )
+        parts = torch.split(latents.to(self.dtype), 1 if tiled else BATCH)
+        images = torch.cat([decode(some).float() for some in parts])
         _refuse_non_finite(images, "the decoded images")
         return (images / 2 + 0.5).clamp(0, 1)
-
-
-def in_turn(denoisers: Sequence[Denoiser], sizes: list[int]) -> Denoiser:
-    """One denoiser for a big batch from one for each part of it, of these sizes, so that memory stays bounded while
-    a sampler, and so its noise, sees all pictures at once.
-    """
-
-    def denoise(x_t: Tensor, t: Tensor) -> Estimate:
-        parts = zip(denoisers, torch.split(x_t, sizes), torch.split(t.expand(len(x_t)), sizes), strict=True)
-        estimates = [one(some_x, some_t) for one, some_x, some_t in parts]
-        variances = [estimate.v for estimate in estimates if estimate.v is not None]
-        return Estimate(torch.cat([estimate.x0 for estimate in estimates]), torch.cat(variances) if variances else None)
-
-    return denoise
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Images [N,3,H,W] in [0, 1] as 8-bit RGB pictures, rounded to the nearest."""
-    pixels = (images * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).contiguous()
-    return [Image.fromarray(picture.numpy()) for picture in pixels]
 
 
 def _randn(shape: torch.Size, generators: Generator | list[Generator]) -> Tensor:

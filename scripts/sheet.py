@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from pipelines.text_to_image import to_pil
+from ldm.pictures import to_pil
 
 
 def to_images(images: Tensor) -> list[Image.Image]:

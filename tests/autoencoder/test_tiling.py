@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder import Autoencoder, AutoencoderConfig
-from autoencoder.tiling import decode_sliced, decode_tiled, tile_starts, tile_weights
+from autoencoder.tiling import decode_tiled, tile_starts, tile_weights
 
 AWKWARD = [(64, 16, 4), (17, 8, 3), (23, 8, 7), (9, 8, 0), (31, 10, 5), (8, 8, 2), (5, 8, 4), (1, 1, 0), (100, 7, 6)]
 
@@ -186,15 +186,6 @@ def test_half_precision_stays() -> None:
     torch.testing.assert_close(
         images.float(), decode_tiled(autoencoder.float(), uneven(8, 24), 16, 4), atol=0.05, rtol=0.05
     )
-
-
-@torch.no_grad()
-def test_sliced_is_one_picture_at_a_time() -> None:
-    autoencoder, latents = make_autoencoder(norms=True), noise(3, 4, 8, 6)
-    torch.testing.assert_close(decode_sliced(autoencoder, latents), autoencoder.decode(latents), atol=1e-6, rtol=1e-5)
-    stub = Stub(torch.sin)
-    decode_sliced(stub, latents)
-    assert stub.shapes == [(1, 4, 8, 6)] * 3
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(8, 8), (8, -1), (0, 0)])

@@ -97,6 +97,7 @@ def test_the_record_says_how_the_picture_was_made(run: Run, model_folder: Path) 
         "height": 56,
         "syntax": "plain",
         "clip_skip": 0,
+        "tiled": False,
         "strength": None,
         "init": None,
         "mask": None,

@@ -257,6 +257,15 @@ def test_what_is_asked_for_matters(pipe: TextToImagePipeline) -> None:
     assert torch.equal(latents_of(pipe), first)
 
 
+def test_a_picture_in_tiles_is_nearly_the_same(pipe: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, small = (pipe(PROMPT, output_type="pt", tiled=tiled).images for tiled in (False, True))
+    assert torch.equal(whole, small)  # it fits into one tile
+    monkeypatch.setattr(text_to_image, "TILE", 6)
+    monkeypatch.setattr(text_to_image, "OVERLAP", 2)
+    tiles = pipe(PROMPT, output_type="pt", tiled=True).images
+    assert 0 < (tiles - whole).abs().max() < 0.5
+
+
 def test_negative_prompts_may_differ(pipe: TextToImagePipeline) -> None:
     both = latents_of(pipe, [PROMPT, PROMPT], negative_prompt=["a", "b"])
     assert (both[1] - latents_of(pipe, negative_prompt="b", seed=1)[0]).abs().max() < 1e-4
