@@ -124,7 +124,7 @@ def apply_gradients(training: Training, model: nn.Module, optimizer: torch.optim
 
 
 class _Log:
-    """Means of what `train_step` returns, written to tensorboard, to `log.jsonl` and to the progress bar."""
+    """Means over steps and processes of what `train_step` returns: to tensorboard, `log.jsonl` and the progress bar."""
 
     def __init__(self, training: Training, start: int, seen_per_step: int) -> None:
         self.training, self.seen_per_step = training, seen_per_step
@@ -146,7 +146,9 @@ class _Log:
         self.count += 1
 
     def write(self, step: int) -> None:
-        means = {name: value / self.count for name, value in self.sums.items()}
+        sums = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=self.training.accelerator.device)
+        over_all = self.training.accelerator.reduce(sums, reduction="mean") / self.count
+        means = dict(zip(self.sums, over_all.tolist(), strict=True))
         seconds = time.monotonic() - self.since
         means["images_per_second"] = self.seen_per_step / seconds if seconds else 0.0
         means["learning_rate"] = self.training.optimizers[0].param_groups[0]["lr"]
