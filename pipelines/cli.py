@@ -118,6 +118,14 @@ def render(
         raise ValueError(f"count is {count}; give at least 1")
     loras = [] if lora is None else [_parse_lora(text) for text in lora]
     began = time.perf_counter()
+
+    def load(device: "str | torch.device | None") -> "TextToImagePipeline":
+        from pipelines.text_to_image import TextToImagePipeline
+
+        pipe = TextToImagePipeline.from_pretrained(model, device, dtype, prediction, ema, allow_pickle)
+        pipe.load_loras(loras)
+        return pipe
+
     if prompts is not None:
         given = {
             "negative": negative,
@@ -139,13 +147,6 @@ def render(
         if strict_tokens:
             raise ValueError("--strict-tokens goes with one prompt; leave it out with --prompts")
 
-        def load(device: "torch.device") -> "TextToImagePipeline":
-            from pipelines.text_to_image import TextToImagePipeline
-
-            pipe = TextToImagePipeline.from_pretrained(model, device, dtype, prediction, ema, allow_pickle)
-            pipe.load_loras(loras)
-            return pipe
-
         done = _render_file(prompts, output, seed, given, device, load)
         if as_json:
             print(json.dumps({"pictures": done, "seconds": round(time.perf_counter() - began, 3)}))
@@ -158,11 +159,9 @@ def render(
         check_writable(path)
 
     from pipelines.image_to_image import open_init
-    from pipelines.text_to_image import TextToImagePipeline
 
     source = open_init(init, mask, strength)  # what is wrong with it is told before a big model is read
-    pipe = TextToImagePipeline.from_pretrained(model, device, dtype, prediction, ema, allow_pickle)
-    pipe.load_loras(loras)
+    pipe = load(device)
     total = pipe.settings.steps if steps is None else steps
     with _progress(total if source is None else int(total * source.strength)) as on_step:
         out = pipe(
@@ -177,8 +176,8 @@ def render(
             width=width,
             num_images_per_prompt=count,
             seed=seed,
-            image=init,
-            mask_image=mask,
+            image=None if source is None else source.picture,
+            mask_image=None if source is None else source.mask,
             strength=strength,
             on_step=on_step,
             prompt_syntax=syntax,
@@ -204,7 +203,7 @@ def _render_file(
     seed: int,
     given: dict[str, Any],
     device: str | None,
-    load: Callable[["torch.device"], "TextToImagePipeline"],
+    load: Callable[["str | torch.device | None"], "TextToImagePipeline"],
 ) -> list[dict[str, Any]]:
     """Renders a file of prompts, prints the path of each picture, and returns them all."""
     from tqdm import tqdm
