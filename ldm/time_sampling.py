@@ -1,14 +1,47 @@
-"""Which times to train at: uniform ones, or more of those where the loss is large."""
+"""Which times to train at: uniform ones, more of those where the loss is large, or more of the middle of the path."""
 
 import math
 
 import torch
 from torch import Tensor
 
+from ldm.schedule import NoiseSchedule
+
 HISTORY = 10
 """Losses remembered of each time."""
 UNIFORM_SHARE = 0.001
 """Share of the draws that stays uniform, so that no time is forgotten and no weight exceeds 1000."""
+LARGE = 16.0
+"""Log-SNR beyond which the normal density is nothing; zero terminal SNR is minus infinity."""
+LOGIT_UNIFORM_SHARE = 0.25
+"""The same for the logit-normal distribution, which would all but forget the first times and the last."""
+
+
+def logit_normal(schedule: NoiseSchedule) -> Tensor:
+    """Probabilities of times, float64 [T], under which log-SNR is normal with mean 0 and standard deviation 2.
+
+    That is the logit-normal distribution of a straight path's time, with mean 0 and standard deviation 1 (Esser et al.
+    2024, arXiv 2403.03206, equation 19), carried over to `schedule` at equal signal-to-noise ratios. A quarter stays
+    uniform. Losses are not weighed against it: to stress the middle of the path is its purpose.
+    """
+    log_snr = schedule.log_snr(torch.arange(schedule.steps, dtype=torch.float64))
+    finite = log_snr.clamp(min=-LARGE, max=LARGE)
+    density = torch.exp(-finite.square() / 8) * torch.gradient(finite)[0].abs()
+    uniform = torch.full_like(density, 1 / schedule.steps)
+    return torch.lerp(density / density.sum(), uniform, LOGIT_UNIFORM_SHARE)
+
+
+def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Times t, int64 [B], from numbers in [0, 1), float64 [B], by the inverse of the distribution function.
+
+    Raises:
+        ValueError: numbers outside [0, 1).
+    """
+    uniforms = uniforms.to("cpu", torch.float64)
+    if not bool(((uniforms >= 0) & (uniforms < 1)).all()):
+        raise ValueError("times are drawn from numbers in [0, 1), but some are outside")
+    cumulative = probabilities.cumsum(0)
+    return torch.searchsorted(cumulative / cumulative[-1], uniforms, right=True)
 
 
 class TimeSampler:
@@ -47,12 +80,8 @@ class TimeSampler:
         Raises:
             ValueError: numbers outside [0, 1).
         """
-        uniforms = uniforms.to("cpu", torch.float64)
-        if not bool(((uniforms >= 0) & (uniforms < 1)).all()):
-            raise ValueError("times are drawn from numbers in [0, 1), but some are outside")
         probabilities = self.probabilities()
-        cumulative = probabilities.cumsum(0)
-        t = torch.searchsorted(cumulative / cumulative[-1], uniforms, right=True)
+        t = draw(probabilities, uniforms)
         return t, 1 / (probabilities[t] * len(probabilities))
 
     def update(self, t: Tensor, losses: Tensor) -> None:

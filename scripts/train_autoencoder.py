@@ -21,7 +21,7 @@ from autoencoder.loss import codebook_loss, kl_loss, reconstruction_loss
 from ldm.training import randomness
 from ldm.training.command_line import parse_config
 from ldm.training.data import Batch, CaptionedImages, DataConfig
-from ldm.training.loop import LoopConfig, Training, apply_gradients, fit, make_accelerator, make_ema, make_optimizer
+from ldm.training.loop import LoopConfig, Training, apply_gradients, fit, make_accelerator, make_ema, make_optimizers
 from pipelines.errors import one_line_errors
 from pipelines.loading import load_autoencoder, save_part
 
@@ -49,7 +49,7 @@ class AutoencoderTrainingConfig(BaseModel, frozen=True, extra="forbid"):
     kl_weight: float = Field(1e-6, ge=0)
     codebook_weight: float = Field(1.0, ge=0)
     init: str | None = None
-    """A model folder whose autoencoder to start from."""
+    """A model folder whose autoencoder, of the same architecture, to start from."""
 
 
 @dataclass
@@ -96,14 +96,14 @@ class Step:
             self.discriminator.requires_grad_(True)
             values |= {"adversarial": realism.detach(), "adversarial_weight": weight}
         accelerator.backward(loss)
-        values["gradient_norm"] = apply_gradients(self.training, self.autoencoder, self.training.optimizers[0])
+        values["gradient_norm"] = apply_gradients(self.training, self.autoencoder, self.training.optimizers[:-1])
         return reconstruction, values
 
     def _train_discriminator(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         real, fake = self.discriminator(images), self.discriminator(reconstruction)
         loss = discriminator_loss(real, fake)
         self.training.accelerator.backward(loss)
-        apply_gradients(self.training, self.discriminator, self.training.optimizers[1])
+        apply_gradients(self.training, self.discriminator, self.training.optimizers[-1:])
         return {"discriminator": loss.detach(), "real": real.detach().mean(), "fake": fake.detach().mean()}
 
 
@@ -133,21 +133,40 @@ def whiten(autoencoder: Autoencoder | VQAutoencoder, images: CaptionedImages, co
     return mean, std
 
 
+def make_autoencoder(config: AutoencoderTrainingConfig) -> Autoencoder | VQAutoencoder:
+    """A new autoencoder, unscaled, with the weights of `config.init` if there is one.
+
+    Raises ValueError if those are of another architecture than the config's.
+    """
+    shape = (config.vq or config.model).model_copy(update={"scaling_factor": 1.0})
+    autoencoder = VQAutoencoder(shape) if isinstance(shape, VQAutoencoderConfig) else Autoencoder(shape)
+    if config.init is None:
+        return autoencoder
+    theirs = load_autoencoder(Path(config.init) / "vae")
+    section, free = "vq" if config.vq else "model", {"sample_size", "scaling_factor", "force_upcast"}
+    if type(theirs) is not type(autoencoder):
+        kinds = type(theirs).__name__, type(autoencoder).__name__
+        raise ValueError(f"init {config.init} has a {kinds[0]}, but {section} describes a {kinds[1]}: make them agree")
+    for name, wanted in shape:
+        if name not in free and (there := getattr(theirs.config, name)) != wanted:
+            raise ValueError(
+                f"init {config.init} has {name} {there}, but {section}.{name} is {wanted}: make them agree"
+            )
+    autoencoder.load_state_dict(theirs.state_dict())
+    return autoencoder
+
+
 def train(config: AutoencoderTrainingConfig) -> None:
     accelerator = make_accelerator(config.loop)
     torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
-    if config.init is None:
-        unscaled = (config.vq or config.model).model_copy(update={"scaling_factor": 1.0})
-        autoencoder = VQAutoencoder(unscaled) if config.vq else Autoencoder(unscaled)
-    else:
-        autoencoder = load_autoencoder(Path(config.init) / "vae").float()
+    autoencoder = make_autoencoder(config)
     discriminator = PatchDiscriminator(config.adversary.width)
     ema = make_ema(autoencoder, config.loop.ema_decay)
     autoencoder.to(memory_format=torch.channels_last)
     discriminator.to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(autoencoder, config.loop)
+    optimizers = make_optimizers(autoencoder, config.loop)
     adversary = torch.optim.AdamW(discriminator.parameters(), config.adversary.learning_rate, betas=(0.5, 0.9))
-    prepared = accelerator.prepare(autoencoder, discriminator, optimizer, adversary)
+    prepared = accelerator.prepare(autoencoder, discriminator, *optimizers, adversary)
     ema.to(accelerator.device)
     images = CaptionedImages(config.data, config.loop.seed)
     training = Training(accelerator, config.loop, images, list(prepared[2:]), train_step=lambda batch: {})

@@ -22,7 +22,7 @@ from ldm.schedule import NoiseSchedule
 from ldm.training import randomness
 from ldm.training.command_line import parse_config
 from ldm.training.data import Batch, CaptionedImages, DataConfig
-from ldm.training.loop import LoopConfig, Training, apply_gradients, fit, make_accelerator, make_ema, make_optimizer
+from ldm.training.loop import LoopConfig, Training, apply_gradients, fit, make_accelerator, make_ema, make_optimizers
 from pipelines.errors import one_line_errors
 from pipelines.json_files import naming_file, read_json
 from pipelines.loading import find_model
@@ -105,7 +105,7 @@ def train(config: ClassifierTrainingConfig) -> None:
     channels = moments.shape[1] // 2
     classifier = NoisyClassifier(config.classifier, channels, len(names))
     ema = make_ema(classifier, config.loop.ema_decay).to(accelerator.device)
-    model, optimizer = accelerator.prepare(classifier, make_optimizer(classifier, config.loop))
+    model, *optimizers = accelerator.prepare(classifier, *make_optimizers(classifier, config.loop))
 
     def train_step(batch: Batch) -> dict[str, Tensor]:
         seed = config.loop.seed
@@ -118,11 +118,11 @@ def train(config: ClassifierTrainingConfig) -> None:
             logits = model(x_t, t).float()
             loss = F.cross_entropy(logits, wanted)
             accelerator.backward(loss)
-            norm = apply_gradients(training, model, optimizer)
+            norm = apply_gradients(training, model, optimizers)
         right = (logits.argmax(1) == wanted).float().mean()
         return {"loss": loss.detach(), "accuracy": right, "gradient_norm": norm}
 
-    training = Training(accelerator, config.loop, dataset, [optimizer], train_step, [(ema, model)])
+    training = Training(accelerator, config.loop, dataset, optimizers, train_step, [(ema, model)])
     fit(training)
     if accelerator.is_main_process:
         averaged = ema.module.eval()

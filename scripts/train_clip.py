@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ldm.training.command_line import parse_config
 from ldm.training.data import Batch, CaptionedImages, DataConfig
-from ldm.training.loop import LoopConfig, Training, apply_gradients, fit, make_accelerator, make_ema, make_optimizer
+from ldm.training.loop import LoopConfig, Training, apply_gradients, fit, make_accelerator, make_ema, make_optimizers
 from pipelines.errors import one_line_errors
 from pipelines.loading import save_part
 from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer
@@ -124,7 +124,7 @@ def train(config: ClipTrainingConfig) -> None:
     torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
     clip = CLIP(**shape)
     ema = make_ema(clip, config.loop.ema_decay).to(accelerator.device)
-    model, optimizer = accelerator.prepare(clip, make_optimizer(clip, config.loop))
+    model, *optimizers = accelerator.prepare(clip, *make_optimizers(clip, config.loop))
     loss_of = ClipLoss(
         local_loss=True, gather_with_grad=True, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
@@ -135,13 +135,13 @@ def train(config: ClipTrainingConfig) -> None:
             images, texts, scale = model(batch.inputs.to(accelerator.device), ids.to(accelerator.device))
             loss = loss_of(images, texts, scale)
             accelerator.backward(loss)
-            norm = apply_gradients(training, model, optimizer)
+            norm = apply_gradients(training, model, optimizers)
             with torch.no_grad():
                 accelerator.unwrap_model(model).logit_scale.clamp_(0, 4.6052)  # at most 100, as published
         right = ((images @ texts.T).argmax(1) == torch.arange(len(images), device=images.device)).float().mean()
         return {"loss": loss.detach(), "retrieved": right, "gradient_norm": norm}
 
-    training = Training(accelerator, config.loop, dataset, [optimizer], train_step)
+    training = Training(accelerator, config.loop, dataset, optimizers, train_step)
     training.averaged.append((ema, model))
     if fit(training) == config.loop.steps and accelerator.is_main_process:
         save(out, ema.module, shape, seen)

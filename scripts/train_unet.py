@@ -25,11 +25,11 @@ from autoencoder import IdentityAutoencoder, IdentityAutoencoderConfig
 from autoencoder.bottleneck import DiagonalGaussian
 from ldm.denoiser import Network
 from ldm.loss import Data, diffusion_loss, hybrid_loss, variational_bound
-from ldm.time_sampling import TimeSampler
+from ldm.time_sampling import TimeSampler, draw, logit_normal
 from ldm.training import randomness
 from ldm.training.command_line import parse_config
 from ldm.training.data import Batch, CaptionedDataset, CaptionedImages, DataConfig, Place
-from ldm.training.loop import LoopConfig, Training, apply_gradients, fit, make_accelerator, make_ema, make_optimizer
+from ldm.training.loop import LoopConfig, Training, apply_gradients, fit, make_accelerator, make_ema, make_optimizers
 from ldm.unet import UNet, UNetConfig
 from pipelines import TextToImagePipeline
 from pipelines.errors import one_line_errors
@@ -47,8 +47,9 @@ class ObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
 
     loss: Literal["simple", "hybrid", "bound"] = "simple"
     """The squared error, the variational bound, or the first with a little of the second (`ldm/loss.py`)."""
-    times: Literal["uniform", "importance"] = "uniform"
-    """Importance: more of the times at which the loss is large (`ldm/time_sampling.py`)."""
+    times: Literal["uniform", "importance", "logit_normal"] = "uniform"
+    """Importance: more of the times at which the loss is large. Logit-normal: more of the middle of the path, where
+    shapes are made; this changes what is learned best (`ldm/time_sampling.py`)."""
     min_snr_gamma: float | None = Field(None, gt=0)
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """Share of captions that are replaced by the empty one, for classifier-free guidance; 1 ignores all captions."""
@@ -201,12 +202,18 @@ class Objective:
         """The loss of each sample, weighted as its time was drawn: [B]. All else that is random is drawn here."""
         seed, device = self.config.loop.seed, self.accelerator.device
         eps = randomness.normal(x0.shape[1:], seed, "noise", batch.step, batch.positions)
-        t, weights = self.times.sample(randomness.uniform(seed, "t", batch.step, batch.positions))
+        t, weights = self._times(randomness.uniform(seed, "t", batch.step, batch.positions))
         x0, eps, t, text = (v.to(device) for v in (x0, eps, t, text))
         losses = self._losses(model, x0.contiguous(memory_format=torch.channels_last), eps, t, text)
         if self.config.objective.times == "importance":
             self._remember(t, losses.detach())
         return losses * weights.to(losses)
+
+    def _times(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Times [B] and the weights of their losses [B]."""
+        if self.config.objective.times == "logit_normal":
+            return draw(logit_normal(self.schedule), uniforms), torch.ones_like(uniforms)
+        return self.times.sample(uniforms)
 
     def _losses(self, model: Network, x0: Tensor, eps: Tensor, t: Tensor, text: Tensor) -> Tensor:
         objective, scheduler = self.config.objective, self.config.scheduler
@@ -247,8 +254,7 @@ def train(config: UNetTrainingConfig) -> None:
     network.to(memory_format=torch.channels_last)
     learning = [network.unet, network.text_encoder] if config.train_text_encoder else [network.unet]
     averaged = [(make_ema(part, config.loop.ema_decay).to(accelerator.device), part) for part in learning]
-    optimizer = make_optimizer(network, config.loop)
-    model, optimizer = accelerator.prepare(network, optimizer)
+    model, *optimizers = accelerator.prepare(network, *make_optimizers(network, config.loop))
     objective = Objective(config, accelerator)
 
     def token_ids(captions: list[str]) -> Tensor:
@@ -269,7 +275,7 @@ def train(config: UNetTrainingConfig) -> None:
         with accelerator.accumulate(model):
             losses = objective(model, batch, x0, text)
             accelerator.backward(losses.mean())
-            norm = apply_gradients(training, model, optimizer)
+            norm = apply_gradients(training, model, optimizers)
         return {"loss": losses.mean().detach(), "gradient_norm": norm}
 
     pixels = IdentityAutoencoder(IdentityAutoencoderConfig(latent_channels=config.model.in_channels))
@@ -291,7 +297,7 @@ def train(config: UNetTrainingConfig) -> None:
         pipe = TextToImagePipeline.from_pretrained(out / "model", device=accelerator.device)
         write_sheet(file, pipe(captions[:16], seed=0).images, columns=8)
 
-    training = Training(accelerator, config.loop, dataset, [optimizer], train_step, averaged, on_sample=sheet)
+    training = Training(accelerator, config.loop, dataset, optimizers, train_step, averaged, on_sample=sheet)
     fit(training)
     if accelerator.is_main_process:
         save_model(out / "model", finished_model(), torch.float16)

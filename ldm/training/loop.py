@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ldm.training import checkpoint
 from ldm.training.data import Batch, CaptionedDataset, Share, micro_batches
+from ldm.training.muon import Muon, matrices
 
 MOST_SKIPPED = 10  # steps in a row whose gradient is not finite, before training gives up
 
@@ -35,6 +36,8 @@ class LoopConfig(BaseModel, frozen=True, extra="forbid"):
     batch_size: int = Field(32, ge=1)
     """Pictures per step, over all processes and accumulation steps together."""
     gradient_accumulation: int = Field(1, ge=1)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Muon needs fewer steps to train a small network from nothing, at a higher rate (`ldm/training/muon.py`)."""
     learning_rate: float = Field(1e-4, gt=0)
     warmup: int = Field(100, ge=0)
     """Steps of linear warm-up; from there a cosine falls to zero at `steps`."""
@@ -73,15 +76,21 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(model: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
-    """AdamW; weights of one dimension (norms, biases) are not decayed."""
+def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
+    """AdamW; or Muon for the matrices and AdamW for the rest. What has one dimension (norms, biases) is not decayed."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.optimizer == "muon":
+        weights = matrices(model)
+        optimizers.append(Muon(weights, config.learning_rate, config.weight_decay))
+        taken = set(weights)
+        learning = [p for p in learning if p not in taken]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p.requires_grad and p.ndim > 1]},
-        {"params": [p for p in model.parameters() if p.requires_grad and p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in learning if p.ndim > 1]},
+        {"params": [p for p in learning if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
-    )
+    rest = torch.optim.AdamW(groups, config.learning_rate, (0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+    return [*optimizers, rest]
 
 
 def make_ema(model: nn.Module, decay: float) -> AveragedModel:
@@ -110,16 +119,21 @@ class Training:
     """Writes a sample sheet to the given file; called by the main process."""
 
 
-def apply_gradients(training: Training, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
-    """At the end of an accumulation, clip and step, unless the gradient is not finite. Returns the gradient's norm."""
+def apply_gradients(training: Training, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Tensor:
+    """At the end of an accumulation, clip and step, unless the gradient is not finite. Returns the gradient's norm.
+
+    `optimizers` are the model's own.
+    """
     accelerator = training.accelerator
     if not accelerator.sync_gradients:
         return torch.zeros(())
     norm = accelerator.clip_grad_norm_(model.parameters(), training.config.gradient_clip)
     assert norm is not None
-    if torch.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad()
+    finite = bool(torch.isfinite(norm))
+    for optimizer in optimizers:
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
     return torch.as_tensor(norm).detach().float()
 
 

@@ -5,7 +5,8 @@ import io
 import pytest
 import torch
 
-from ldm.time_sampling import TimeSampler
+from ldm.schedule import NoiseSchedule
+from ldm.time_sampling import TimeSampler, draw, logit_normal
 from ldm.training import randomness
 
 STEPS = 7
@@ -137,3 +138,29 @@ def test_times_out_of_range_are_refused():
 def test_the_state_of_another_number_of_times_is_refused():
     with pytest.raises(ValueError, match="that of 3 times, but this sampler has 7"):
         TimeSampler(STEPS).load_state_dict(TimeSampler(3).state_dict())
+
+
+def test_logit_normal_times_are_those_of_a_straight_path_at_equal_snr():
+    """On the straight path x = (1 - s) x0 + s eps with logit(s) standard normal, log-SNR is -2 logit(s)."""
+    schedule = NoiseSchedule("scaled_linear", beta_start=0.00085, beta_end=0.012, zero_terminal_snr=True)
+    probabilities = logit_normal(schedule)
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-12)
+    uniforms = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    drawn = schedule.log_snr(draw((probabilities - 0.25 / 1000) / 0.75, uniforms))  # without the uniform quarter
+    straight = torch.distributions.Normal(0.0, 1.0).icdf(uniforms)
+    expected = -2 * straight
+    # Where the schedule begins and ends it has no times for the tails.
+    inner = (uniforms > 0.02) & (uniforms < 0.98)
+    torch.testing.assert_close(drawn[inner], expected[inner], atol=0.06, rtol=0)
+
+
+def test_every_time_keeps_a_quarter_of_its_uniform_share():
+    assert logit_normal(NoiseSchedule("cosine", 100)).min() >= 0.25 / 100
+
+
+def test_draw_inverts_the_distribution_function():
+    probabilities = torch.tensor([0.5, 0.0, 0.25, 0.25], dtype=torch.float64)
+    uniforms = torch.tensor([0.0, 0.49, 0.5, 0.74, 0.76, 0.999], dtype=torch.float64)
+    assert draw(probabilities, uniforms).tolist() == [0, 0, 2, 2, 3, 3]
+    with pytest.raises(ValueError, match="numbers in"):
+        draw(probabilities, torch.tensor([1.0]))

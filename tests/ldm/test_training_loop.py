@@ -21,7 +21,7 @@ from ldm.training.loop import (
     learning_rate_factor,
     make_accelerator,
     make_ema,
-    make_optimizer,
+    make_optimizers,
 )
 
 
@@ -62,7 +62,7 @@ def start(config: LoopConfig, spoil: Callable[[Batch], bool] = lambda batch: Fal
     torch.manual_seed(0)
     network = nn.Linear(1, 1)
     ema = make_ema(network, config.ema_decay)
-    model, optimizer = accelerator.prepare(network, make_optimizer(network, config))
+    model, *optimizers = accelerator.prepare(network, *make_optimizers(network, config))
 
     def train_step(batch: Batch) -> dict[str, Tensor]:
         with accelerator.accumulate(model):
@@ -70,10 +70,10 @@ def start(config: LoopConfig, spoil: Callable[[Batch], bool] = lambda batch: Fal
             if spoil(batch):
                 loss = loss * float("nan")
             accelerator.backward(loss)
-            norm = apply_gradients(training, model, optimizer)
+            norm = apply_gradients(training, model, optimizers)
         return {"loss": loss.detach(), "gradient_norm": norm}
 
-    training = Training(accelerator, config, Points(), [optimizer], train_step, [(ema, model)])
+    training = Training(accelerator, config, Points(), optimizers, train_step, [(ema, model)])
     return training, network
 
 
@@ -120,10 +120,19 @@ def test_logged_loss_is_the_mean_since_the_last_line(tmp_path: Path) -> None:
 def test_only_matrices_decay() -> None:
     network = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     network[0].weight.requires_grad_(True)
-    groups = make_optimizer(network, LoopConfig(out=".", weight_decay=0.3)).param_groups
-    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.3), (3, 0.0)]
+    [adamw] = make_optimizers(network, LoopConfig(out=".", weight_decay=0.3))
+    assert [(len(group["params"]), group["weight_decay"]) for group in adamw.param_groups] == [(1, 0.3), (3, 0.0)]
     network[0].requires_grad_(False)
-    assert [len(g["params"]) for g in make_optimizer(network, LoopConfig(out=".")).param_groups] == [0, 2]
+    [adamw] = make_optimizers(network, LoopConfig(out="."))
+    assert [len(group["params"]) for group in adamw.param_groups] == [0, 2]
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Embedding(7, 5), nn.Linear(5, 6))
+    muon, adamw = make_optimizers(network, LoopConfig(out=".", optimizer="muon", weight_decay=0.3))
+    assert [p.shape for p in muon.param_groups[0]["params"]] == [network[0].weight.shape, network[3].weight.shape]
+    assert muon.param_groups[0]["weight_decay"] == 0.3
+    assert [len(group["params"]) for group in adamw.param_groups] == [1, 4]  # the embedding; biases and norms
 
 
 def test_the_average_s_memory_grows_to_its_decay() -> None:
@@ -145,12 +154,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in network.state_dict().items()}
     for bad in (float("nan"), float("inf")):
         accelerator.backward(network(torch.ones(1, 1)).sum() * bad)
-        assert not torch.isfinite(apply_gradients(training, network, optimizer))
+        assert not torch.isfinite(apply_gradients(training, network, [optimizer]))
         assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
         assert all(parameter.grad is None for parameter in network.parameters())
         assert not optimizer.state_dict()["state"]
     accelerator.backward(network(torch.ones(1, 1)).sum())
-    assert apply_gradients(training, network, optimizer).item() == pytest.approx(2**0.5)
+    assert apply_gradients(training, network, [optimizer]).item() == pytest.approx(2**0.5)
     assert not torch.equal(network.weight, before["weight"])
 
 

@@ -76,8 +76,8 @@ def assert_same_state(one: Path, other: Path, step: int = STEPS) -> None:
         weights, others = load_file(one / file), load_file(other / file)
         assert weights.keys() == others.keys()
         assert all(torch.equal(weights[name], others[name]) for name in weights)
-    for file in (f"{folder}/optimizer.bin", f"{folder}/custom_checkpoint_0.pkl"):
-        states = [torch.load(path / file, map_location="cpu", weights_only=False) for path in (one, other)]
+    for file in (*(one / folder).glob("optimizer*.bin"), one / folder / "custom_checkpoint_0.pkl"):
+        states = [torch.load(path / folder / file.name, weights_only=False) for path in (one, other)]
         assert_equal(*states)
 
 
@@ -146,3 +146,16 @@ def test_accumulation_and_a_kill_within_it(run: Run, whole: tuple[Path, Losses],
     assert killed == halves[:15]
     assert run(tmp_path / "killed", **parts) == halves[10:]
     assert_same_state(tmp_path / "killed", tmp_path / "halves", step=12)
+
+
+def test_muon_s_momentum_is_resumed(run: Run, tmp_path: Path) -> None:
+    muon = {"optimizer": "muon", "checkpoint_every": 5, "steps": 12}
+    whole = run(tmp_path / "whole", **muon)
+    assert run(tmp_path / "killed", kill=8, **muon) == whole[:8]
+    assert run(tmp_path / "killed", **muon) == whole[5:]
+    assert_same_state(tmp_path / "killed", tmp_path / "whole", step=12)
+    states = [
+        torch.load(tmp_path / "whole/step-00000012" / name, weights_only=False)["state"]
+        for name in ("optimizer.bin", "optimizer_1.bin")
+    ]
+    assert [set(state[0]) for state in states] == [{"momentum"}, {"step", "exp_avg", "exp_avg_sq"}]

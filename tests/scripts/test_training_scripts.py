@@ -19,6 +19,8 @@ from train_clip import ClipTrainingConfig
 from train_unet import UNetTrainingConfig
 
 from autoencoder import Autoencoder, VQAutoencoder, VQAutoencoderConfig
+from ldm.time_sampling import draw, logit_normal
+from ldm.training import randomness
 from ldm.training.command_line import parse_config
 from ldm.training.data import Batch, CaptionedImages, DataConfig
 from ldm.training.loop import LoopConfig, Training, make_accelerator
@@ -343,6 +345,36 @@ def test_importance_is_remembered_over_a_resume(trained_clip: Path, data_folder:
             train_unet.train(config)
         logs.append(load_file(out / "model/unet/diffusion_pytorch_model.safetensors"))
     assert same(*logs)
+
+
+def test_logit_normal_times_are_drawn_from_it_and_not_weighed(
+    trained_clip: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times: list[Tensor] = []
+    diffusion_loss = train_unet.diffusion_loss
+
+    def recorded(*arguments: Any) -> Tensor:
+        times.append(arguments[3])
+        loss = diffusion_loss(*arguments)
+        return loss + (1 - loss).detach()  # 1, with its gradient
+
+    monkeypatch.setattr(train_unet, "diffusion_loss", recorded)
+    config = unet_config(
+        tmp_path,
+        data_folder,
+        tmp_path,
+        trained_clip,
+        autoencoder=None,
+        model=PIXELS,
+        objective={"times": "logit_normal"},
+        loop=loop_config(tmp_path, steps=2),
+    )
+    train_unet.train(config)
+    assert [line["loss"] for line in log_of(tmp_path)] == pytest.approx([1, 1])
+    probabilities = logit_normal(config.scheduler.make_schedule())
+    for step, drawn in enumerate(times):
+        expected = draw(probabilities, randomness.uniform(config.loop.seed, "t", step, range(len(drawn))))
+        assert torch.equal(drawn, expected)
 
 
 @pytest.mark.parametrize(
