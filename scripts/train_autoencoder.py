@@ -161,7 +161,7 @@ def train(config: AutoencoderTrainingConfig) -> None:
     torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
     autoencoder = make_autoencoder(config)
     discriminator = PatchDiscriminator(config.adversary.width)
-    ema = make_ema(autoencoder, config.loop.ema_decay)
+    ema = make_ema(autoencoder, config.loop)
     autoencoder.to(memory_format=torch.channels_last)
     discriminator.to(memory_format=torch.channels_last)
     optimizers = make_optimizers(autoencoder, config.loop)

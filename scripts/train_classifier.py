@@ -104,7 +104,7 @@ def train(config: ClassifierTrainingConfig) -> None:
     torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
     channels = moments.shape[1] // 2
     classifier = NoisyClassifier(config.classifier, channels, len(names))
-    ema = make_ema(classifier, config.loop.ema_decay).to(accelerator.device)
+    ema = make_ema(classifier, config.loop).to(accelerator.device)
     model, *optimizers = accelerator.prepare(classifier, *make_optimizers(classifier, config.loop))
 
     def train_step(batch: Batch) -> dict[str, Tensor]:

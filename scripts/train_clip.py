@@ -123,7 +123,7 @@ def train(config: ClipTrainingConfig) -> None:
     shape = config.model.open_clip_config(config.data.size, tokenizer.vocab_size, longest)
     torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
     clip = CLIP(**shape)
-    ema = make_ema(clip, config.loop.ema_decay).to(accelerator.device)
+    ema = make_ema(clip, config.loop).to(accelerator.device)
     model, *optimizers = accelerator.prepare(clip, *make_optimizers(clip, config.loop))
     loss_of = ClipLoss(
         local_loss=True, gather_with_grad=True, rank=accelerator.process_index, world_size=accelerator.num_processes

@@ -253,7 +253,7 @@ def train(config: UNetTrainingConfig) -> None:
     network.text_encoder.requires_grad_(config.train_text_encoder)
     network.to(memory_format=torch.channels_last)
     learning = [network.unet, network.text_encoder] if config.train_text_encoder else [network.unet]
-    averaged = [(make_ema(part, config.loop.ema_decay).to(accelerator.device), part) for part in learning]
+    averaged = [(make_ema(part, config.loop).to(accelerator.device), part) for part in learning]
     model, *optimizers = accelerator.prepare(network, *make_optimizers(network, config.loop))
     objective = Objective(config, accelerator)
 

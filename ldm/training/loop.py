@@ -44,6 +44,9 @@ class LoopConfig(BaseModel, frozen=True, extra="forbid"):
     weight_decay: float = Field(0.01, ge=0)
     gradient_clip: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)
+    """Per step."""
+    ema_every: int = Field(1, ge=1)
+    """Steps from one update of the average to the next; of 10, an average of 1000 steps hardly differs."""
     mixed_precision: str = Field("bf16", pattern="^(no|bf16|fp16)$")
     seed: int = Field(0, ge=0)
     log_every: int = Field(20, ge=1)
@@ -93,8 +96,9 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
     return [*optimizers, rest]
 
 
-def make_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights in float32; its memory grows to `decay` as training goes on."""
+def make_ema(model: nn.Module, config: LoopConfig) -> AveragedModel:
+    """An exponential moving average of the weights in float32; its memory grows to `ema_decay` as training goes on."""
+    decay = config.ema_decay**config.ema_every
 
     @torch.no_grad()
     def average(averages: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
@@ -142,7 +146,7 @@ class _Log:
 
     def __init__(self, training: Training, start: int, seen_per_step: int) -> None:
         self.training, self.seen_per_step = training, seen_per_step
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.since = time.monotonic()
         accelerator = training.accelerator
@@ -155,12 +159,13 @@ class _Log:
         )
 
     def add(self, values: dict[str, Tensor]) -> None:
+        # Summed where they are: to read them here would make an accelerator wait at every step.
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            self.sums[name] = self.sums[name] + value.float() if name in self.sums else value.float()
         self.count += 1
 
     def write(self, step: int) -> None:
-        sums = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=self.training.accelerator.device)
+        sums = torch.stack([value.to(self.training.accelerator.device) for value in self.sums.values()])
         over_all = self.training.accelerator.reduce(sums, reduction="mean") / self.count
         means = dict(zip(self.sums, over_all.tolist(), strict=True))
         seconds = time.monotonic() - self.since
@@ -220,10 +225,10 @@ def fit(training: Training) -> int:
             raise ValueError(
                 f"the gradient was not finite for {skipped} steps up to step {done}: lower loop.learning_rate"
             )
-        if not skipped:
+        done += 1
+        if not skipped and done % config.ema_every == 0:
             for ema, model in training.averaged:
                 ema.update_parameters(accelerator.unwrap_model(model))
-        done += 1
         log.bar.update()
         if done % config.log_every == 0:
             log.write(done)

@@ -61,7 +61,7 @@ def start(config: LoopConfig, spoil: Callable[[Batch], bool] = lambda batch: Fal
     accelerator = make_accelerator(config)
     torch.manual_seed(0)
     network = nn.Linear(1, 1)
-    ema = make_ema(network, config.ema_decay)
+    ema = make_ema(network, config)
     model, *optimizers = accelerator.prepare(network, *make_optimizers(network, config))
 
     def train_step(batch: Batch) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
 def test_the_average_s_memory_grows_to_its_decay() -> None:
     network = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(network.weight)
-    ema = make_ema(network, decay=0.5)
+    ema = make_ema(network, LoopConfig(out=".", ema_decay=0.5))
     expected = 0.0
     for count in range(20):
         nn.init.constant_(network.weight, count)
@@ -146,6 +146,26 @@ def test_the_average_s_memory_grows_to_its_decay() -> None:
         decay = min(0.5, (1 + count) / (10 + count))
         expected = count if count == 0 else decay * expected + (1 - decay) * count
         assert ema.module.weight.item() == pytest.approx(expected)
+
+
+def test_an_average_taken_every_few_steps_forgets_as_fast(tmp_path: Path) -> None:
+    """Of weights that climb evenly, the average is behind by decay / (1 - decay) steps; by at most two more of three."""
+    training, network = start(configure(tmp_path, steps=400, ema_decay=0.9, ema_every=3))
+    nn.init.zeros_(network.weight)
+    updates = []
+    (ema, _), step = training.averaged[0], training.train_step
+
+    def climb(batch: Batch) -> dict[str, Tensor]:
+        values = step(batch)
+        nn.init.constant_(network.weight, batch.step + 1)
+        updates.append(int(ema.n_averaged))
+        return values
+
+    training.train_step = climb
+    fit(training)
+    assert updates[:7] == [0, 0, 0, 1, 1, 1, 2]
+    behind = 399 - ema.module.weight.item()  # its last update was after step 399
+    assert behind == pytest.approx(3 * 0.9**3 / (1 - 0.9**3), rel=0.01)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
