@@ -149,7 +149,7 @@ def test_the_average_s_memory_grows_to_its_decay() -> None:
 
 
 def test_an_average_taken_every_few_steps_forgets_as_fast(tmp_path: Path) -> None:
-    """Of weights that climb evenly, the average is behind by decay / (1 - decay) steps; by at most two more of three."""
+    """Of weights that climb evenly, the average is behind by decay / (1 - decay) steps, here three times as many."""
     training, network = start(configure(tmp_path, steps=400, ema_decay=0.9, ema_every=3))
     nn.init.zeros_(network.weight)
     updates = []
