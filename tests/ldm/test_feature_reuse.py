@@ -1,0 +1,92 @@
+"""Shallow calls are the U-Net's own first and last layer on the deep features of an earlier call."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.feature_reuse import FeatureReuse
+from ldm.unet import UNet, UNetConfig
+
+CONFIG = UNetConfig(
+    block_out_channels=(16, 32),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    attention_head_dim=2,
+    cross_attention_dim=8,
+    norm_num_groups=4,
+)
+PLAIN = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+
+
+def random_unet(config: UNetConfig = CONFIG) -> UNet:
+    torch.manual_seed(0)
+    unet = UNet(config).eval().requires_grad_(False)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return unet
+
+
+def inputs(seed: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(batch, 4, 8, 8, generator=generator)
+    return latents, torch.tensor(100 * seed), torch.randn(batch, 5, 8, generator=generator)
+
+
+def deep_calls(unet: UNet) -> list[int]:
+    """Grows by one whenever the middle of the U-Net runs."""
+    calls: list[int] = []
+    unet.mid_block.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("changes", [{}, PLAIN], ids=["attention", "plain"])
+def test_a_shallow_call_on_the_same_input_is_the_whole_call(changes: dict[str, object]) -> None:
+    unet = random_unet(CONFIG.model_copy(update=changes))
+    calls = deep_calls(unet)
+    reused = FeatureReuse(unet, 2)
+    whole, shallow = reused(*inputs(1)), reused(*inputs(1))
+    assert len(calls) == 1
+    assert torch.equal(whole, unet(*inputs(1)))
+    assert torch.equal(shallow, whole)
+
+
+def test_a_shallow_call_sees_latents_time_and_context_but_not_their_depth() -> None:
+    unet = random_unet()
+    reused = FeatureReuse(unet, 2)
+    reused(*inputs(1))
+    other = reused(*inputs(2))
+    first = reused.deep
+    assert not torch.allclose(other, unet(*inputs(2)), atol=1e-3)  # an approximation
+    latents, t, context = inputs(2)
+    for changed in ((inputs(3)[0], t, context), (latents, inputs(3)[1], context), (latents, t, inputs(3)[2])):
+        reused = FeatureReuse(unet, 2)
+        reused(*inputs(1))
+        assert not torch.allclose(reused(*changed), other, atol=1e-3)
+        assert torch.equal(reused.deep, first)
+
+
+@pytest.mark.parametrize(("every", "whole"), [(1, [1, 2, 3, 4, 5]), (2, [1, 1, 2, 2, 3]), (3, [1, 1, 1, 2, 2])])
+def test_the_whole_u_net_runs_at_every_nth_call(every: int, whole: list[int]) -> None:
+    unet = random_unet()
+    calls = deep_calls(unet)
+    reused, counts = FeatureReuse(unet, every), []
+    for step in range(5):
+        reused(*inputs(step))
+        counts.append(len(calls))
+    assert counts == whole
+
+
+def test_another_batch_size_starts_anew() -> None:
+    unet = random_unet()
+    calls = deep_calls(unet)
+    reused = FeatureReuse(unet, 3)
+    for batch in (2, 2, 1, 1, 2):
+        assert reused(*inputs(1, batch)).shape[0] == batch
+    assert len(calls) == 3
+    assert not any(module._forward_pre_hooks for module in unet.modules())
+
+
+def test_less_than_one_step_is_refused() -> None:
+    with pytest.raises(ValueError, match="reused for 0 steps; give at least 1"):
+        FeatureReuse(random_unet(), 0)
