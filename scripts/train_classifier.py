@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from cached_encodings import CaptionedLatents, cached_latents, sample_posterior
 from noisy_classifier import ClassifierCard, ClassifierConfig, NoisyClassifier, save_classifier
 from pydantic import BaseModel, Field
 from torch import Tensor
-from train_unet import CaptionedLatents, cached_latents, sample_posterior
 
 from autoencoder.bottleneck import DiagonalGaussian
 from ldm.schedule import NoiseSchedule

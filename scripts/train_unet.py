@@ -8,37 +8,34 @@ Writes `OUT/model`, which `ldm render --model` and diffusers take. The same comm
 starts from another model's U-Net and text encoder.
 """
 
-import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Self
 
 import torch
 from accelerate import Accelerator
+from cached_encodings import CachedContexts, CaptionedLatents, cached_latents, sample_posterior
 from pydantic import BaseModel, Field, model_validator
-from safetensors.torch import load_file, save_file
 from sheet import write_sheet
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from autoencoder import IdentityAutoencoder, IdentityAutoencoderConfig
-from autoencoder.bottleneck import DiagonalGaussian
 from ldm.denoiser import Network
 from ldm.loss import Data, diffusion_loss, hybrid_loss, variational_bound
 from ldm.time_sampling import TimeSampler, draw, logit_normal
 from ldm.training import randomness
 from ldm.training.command_line import parse_config
-from ldm.training.data import Batch, CaptionedDataset, CaptionedImages, DataConfig, Place
+from ldm.training.data import Batch, CaptionedDataset, CaptionedImages, DataConfig
 from ldm.training.loop import LoopConfig, Training, apply_gradients, fit, make_accelerator, make_ema, make_optimizers
 from ldm.unet import UNet, UNetConfig
 from pipelines import TextToImagePipeline
 from pipelines.errors import one_line_errors
 from pipelines.loading import Model, load_autoencoder, load_text_encoder, load_unet, save_model
-from pipelines.runtime import pick_dtype, prepare
 from pipelines.scheduler_config import SchedulerConfig
 from pipelines.settings import Settings, words_in
 from text_encoder import TextEncoder, Tokenizer
 
+HELDOUT = 256
+"""Pictures of `heldout` whose loss is measured."""
 CONTEXT_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -79,6 +76,9 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
     cache_contexts: bool = False
     """Encode every distinct caption once, before training. Needs 77 x width numbers of memory each, and a text encoder
     that does not train."""
+    heldout: str | None = None
+    """Pictures that are not trained on, given as `data.path` is. With each sample sheet the averaged network's loss on
+    the first 256 is logged, with their own captions and with others': the difference is what the words are worth."""
     init: str | None = None
     """A model folder whose U-Net and text encoder to start from."""
 
@@ -115,72 +115,6 @@ class Conditioned(nn.Module):
         return output
 
 
-class CaptionedLatents(CaptionedDataset):
-    """The posterior moments [2C,h,w] of every picture, float16, encoded once and kept in a file of their own."""
-
-    def __init__(self, moments: Tensor, captions: list[str]) -> None:
-        self.moments = moments
-        self.captions = captions
-        self.workers = 0
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, place: Place) -> tuple[Tensor, str, Place]:
-        return self.moments[place[0]].float(), self.captions[place[0]], place
-
-
-@torch.no_grad()
-def encode_all(images: CaptionedImages, folder: Path, device: torch.device) -> Tensor:
-    """Moments [N,2C,h,w] of all pictures under the autoencoder in `folder`."""
-    autoencoder = load_autoencoder(folder)
-    prepare(autoencoder, device, pick_dtype(None, device))
-    dtype = next(autoencoder.parameters()).dtype
-    scale = autoencoder.config.scaling_factor
-    moments = []
-    for start in tqdm(range(0, len(images), 64), desc="encoding", unit="batch"):
-        batch = images.images(start, min(start + 64, len(images))).to(device, dtype, memory_format=torch.channels_last)
-        posterior = autoencoder.posterior(batch)
-        scaled = torch.cat(
-            [posterior.mean.float() * scale, posterior.logvar.float() + 2 * torch.tensor(scale).log()], 1
-        )
-        moments.append(scaled.half().cpu())
-    return torch.cat(moments).contiguous()
-
-
-def cached_latents(images: CaptionedImages, vae: Path, cache: Path, device: torch.device) -> Tensor:
-    """`encode_all`, kept in a file named by the autoencoder's weights, the data and their fingerprint."""
-    weights = (vae / "diffusion_pytorch_model.safetensors").read_bytes()
-    key = f"{hashlib.sha256(weights).hexdigest()}/{images.config.path}/{images.config.size}/{images.rows._fingerprint}"
-    file = cache / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    if not file.exists():
-        staged = file.with_suffix(".tmp")
-        save_file({"moments": encode_all(images, vae, device)}, staged)
-        staged.rename(file)
-    return load_file(file)["moments"]
-
-
-class CachedContexts:
-    """captions -> contexts [B,L,D] on the CPU, of captions that were all encoded beforehand, and of ""."""
-
-    @torch.no_grad()
-    def __init__(self, encode: Callable[[list[str]], Tensor], captions: list[str]) -> None:
-        distinct = sorted({"", *captions})
-        self.row = {caption: row for row, caption in enumerate(distinct)}
-        starts = tqdm(range(0, len(distinct), 64), desc="encoding captions", unit="batch")
-        self.contexts = torch.cat([encode(distinct[start : start + 64]).cpu() for start in starts])
-
-    def __call__(self, captions: list[str]) -> Tensor:
-        return self.contexts[[self.row[caption] for caption in captions]]
-
-
-def sample_posterior(batch: Batch, seed: int) -> Tensor:
-    """Latents x0 [B,C,h,w] from the posteriors of which `CaptionedLatents` has the moments."""
-    posterior = DiagonalGaussian.from_moments(batch.inputs)
-    shape = posterior.mean.shape[1:]
-    return posterior.sample(randomness.normal(shape, seed, "posterior", batch.step, batch.positions))
-
-
 def with_dropout(batch: Batch, seed: int, share: float) -> list[str]:
     """The batch's captions, a share of them replaced by ""."""
     dropped = randomness.uniform(seed, "caption", batch.step, batch.positions) < share
@@ -204,7 +138,7 @@ class Objective:
         eps = randomness.normal(x0.shape[1:], seed, "noise", batch.step, batch.positions)
         t, weights = self._times(randomness.uniform(seed, "t", batch.step, batch.positions))
         x0, eps, t, text = (v.to(device) for v in (x0, eps, t, text))
-        losses = self._losses(model, x0.contiguous(memory_format=torch.channels_last), eps, t, text)
+        losses = self.losses(model, x0.contiguous(memory_format=torch.channels_last), eps, t, text)
         if self.config.objective.times == "importance":
             self._remember(t, losses.detach())
         return losses * weights.to(losses)
@@ -215,7 +149,8 @@ class Objective:
             return draw(logit_normal(self.schedule), uniforms), torch.ones_like(uniforms)
         return self.times.sample(uniforms)
 
-    def _losses(self, model: Network, x0: Tensor, eps: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def losses(self, model: Network, x0: Tensor, eps: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """The loss of each sample at the given times: [B]."""
         objective, scheduler = self.config.objective, self.config.scheduler
         inputs = model, x0, eps, t, text, self.schedule, scheduler.prediction
         data: Data = "8-bit" if self.config.autoencoder is None else "continuous"
@@ -235,6 +170,53 @@ class Objective:
             self.seen.clear()
 
 
+class HeldOut:
+    """Measures the loss on pictures that are not trained on: always with the same noise, at times spread evenly."""
+
+    def __init__(self, objective: Objective, tokenizer: Tokenizer) -> None:
+        config = objective.config
+        assert config.heldout is not None
+        self.objective = objective
+        images = CaptionedImages(config.data.model_copy(update={"path": config.heldout}), config.loop.seed)
+        count = min(HELDOUT, len(images))
+        captions = images.captions()[:count]
+        self.ids = tokenizer(captions).ids
+        self.x0 = images.images(0, count)
+        if config.autoencoder is not None:
+            device = objective.accelerator.device
+            moments = cached_latents(images, Path(config.autoencoder) / "vae", Path(config.loop.out), device)
+            self.x0 = moments[:count].float().chunk(2, dim=1)[0]
+        self.eps = randomness.normal(self.x0.shape[1:], config.loop.seed, "heldout", 0, range(count))
+        self.t = ((torch.arange(count) + 0.5) * objective.schedule.steps / count).long()
+
+    @torch.no_grad()
+    def __call__(self, model: Network) -> dict[str, float]:
+        ids = {"heldout_loss": self.ids, "heldout_loss_other_caption": self.ids.roll(1, 0)}
+        return {name: self._mean(model, some) for name, some in ids.items()}
+
+    def _mean(self, model: Network, ids: Tensor) -> float:
+        accelerator = self.objective.accelerator
+        losses = []
+        for some in zip(*(v.to(accelerator.device).split(32) for v in (self.x0, self.eps, self.t, ids)), strict=True):
+            with accelerator.autocast():
+                losses.append(self.objective.losses(model, *some))
+        return float(torch.cat(losses).mean())
+
+
+def make_unet(config: UNetTrainingConfig) -> UNet:
+    """A new U-Net, or that of `config.init`. Raises ValueError if that is of another architecture than the config's."""
+    if config.init is None:
+        return UNet(config.model)
+    unet = load_unet(Path(config.init) / "unet").float()
+    for name, wanted in config.model:
+        there = getattr(unet.config, name)
+        if name in ("attention_head_dim", "num_attention_heads"):
+            name, there, wanted = "attention_head_dim", unet.config.heads, config.model.heads
+        if name != "sample_size" and there != wanted:
+            raise ValueError(f"init {config.init} has {name} {there}, but model.{name} is {wanted}: make them agree")
+    return unet
+
+
 def train(config: UNetTrainingConfig) -> None:
     accelerator = make_accelerator(config.loop)
     out = Path(config.loop.out)
@@ -248,8 +230,7 @@ def train(config: UNetTrainingConfig) -> None:
             moments = cached_latents(images, Path(config.autoencoder) / "vae", out, accelerator.device)
         dataset = CaptionedLatents(moments, captions)
     torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
-    unet = UNet(config.model) if config.init is None else load_unet(Path(config.init) / "unet").float()
-    network = Conditioned(unet, load_text_encoder(text_folder / "text_encoder").float())
+    network = Conditioned(make_unet(config), load_text_encoder(text_folder / "text_encoder").float())
     network.text_encoder.requires_grad_(config.train_text_encoder)
     network.to(memory_format=torch.channels_last)
     learning = [network.unet, network.text_encoder] if config.train_text_encoder else [network.unet]
@@ -298,6 +279,11 @@ def train(config: UNetTrainingConfig) -> None:
         write_sheet(file, pipe(captions[:16], seed=0).images, columns=8)
 
     training = Training(accelerator, config.loop, dataset, optimizers, train_step, averaged, on_sample=sheet)
+    if config.heldout is not None and accelerator.is_main_process:
+        held_out = HeldOut(objective, tokenizer)
+        followed = [ema.module for ema, _ in averaged]
+        average = Conditioned(followed[0], followed[1] if config.train_text_encoder else network.text_encoder)
+        training.measure = lambda: held_out(average)
     fit(training)
     if accelerator.is_main_process:
         save_model(out / "model", finished_model(), torch.float16)

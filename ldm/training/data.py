@@ -1,5 +1,6 @@
 """Captioned images from a folder, parquet, WebDataset tars or the hub, in an order that (seed, step) determines."""
 
+import glob
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -57,7 +58,9 @@ def open_dataset(config: DataConfig) -> "datasets.Dataset":
         if found is not None:
             data = datasets.load_dataset(found[0], data_files=[str(f) for f in found[1]], split="train")
         elif (folder / "metadata.jsonl").exists():
-            data = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
+            # Given as a folder, its files would be split by what their names begin with, such as "test".
+            files = {"train": [f"{glob.escape(str(folder))}/**"]}
+            data = datasets.load_dataset("imagefolder", data_files=files, split="train")
         else:
             raise FileNotFoundError(
                 f"{folder} has no metadata.jsonl, parquet or tar files: write metadata.jsonl with lines "

@@ -121,6 +121,8 @@ class Training:
     """Each EMA and the module that it follows."""
     on_sample: Callable[[Path], None] | None = None
     """Writes a sample sheet to the given file; called by the main process."""
+    measure: Callable[[], dict[str, float]] | None = None
+    """What to log with each sample sheet; called by the main process."""
 
 
 def apply_gradients(training: Training, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Tensor:
@@ -171,12 +173,16 @@ class _Log:
         seconds = time.monotonic() - self.since
         means["images_per_second"] = self.seen_per_step / seconds if seconds else 0.0
         means["learning_rate"] = self.training.optimizers[0].param_groups[0]["lr"]
-        self.training.accelerator.log(means, step=step)
-        if self.training.accelerator.is_main_process:
-            with (Path(self.training.config.out) / "log.jsonl").open("a") as lines:
-                lines.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in means.items()}}) + "\n")
+        self.append(step, means)
         self.bar.set_postfix({k: f"{v:.4g}" for k, v in means.items() if k in ("loss", "images_per_second")})
         self.sums, self.count, self.since = {}, 0, time.monotonic()
+
+    def append(self, step: int, values: dict[str, float]) -> None:
+        """A line of the log, and the same to tensorboard; the main process' alone."""
+        self.training.accelerator.log(values, step=step)
+        if self.training.accelerator.is_main_process:
+            with (Path(self.training.config.out) / "log.jsonl").open("a") as lines:
+                lines.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
 
 
 def _steps(training: Training, start: int) -> Iterator[list[Batch]]:
@@ -236,12 +242,11 @@ def fit(training: Training) -> int:
         if done % config.checkpoint_every == 0 or stop:
             checkpoint.save_checkpoint(accelerator, folder, done, config.keep)
             saved = done
-        if (
-            training.on_sample
-            and accelerator.is_main_process
-            and (done % config.sample_every == 0 or done == config.steps)
-        ):
-            training.on_sample(folder / "samples" / f"{done:08}.png")
+        if accelerator.is_main_process and (done % config.sample_every == 0 or done == config.steps):
+            if training.measure:
+                log.append(done, training.measure())
+            if training.on_sample:
+                training.on_sample(folder / "samples" / f"{done:08}.png")
         if stop:
             break
     log.bar.close()

@@ -181,6 +181,21 @@ def test_a_folder_of_captioned_images(tmp_path: Path) -> None:
     assert torch.equal(batch.inputs, torch.stack([images.images(i, i + 1)[0] for i in batch.indices]))
 
 
+def test_names_that_look_like_splits_are_only_names(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "data [test]", count=3)
+    (folder / "train").mkdir()
+    names = ["test.png", "a test.png", "train/2.png"]
+    for i, name in enumerate(names):
+        (folder / f"{i}.png").rename(folder / name)
+    lines = [json.dumps({"file_name": name, "text": f"number {i}"}) for i, name in enumerate(names)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    images = CaptionedImages(DataConfig(path=str(folder), size=16), seed=0)
+    blue = [round(float(images.images(i, i + 1)[0, 2, 0, 15] + 1) * 127.5) for i in range(3)]
+    assert {(caption, b) for caption, b in zip(images.captions(), blue, strict=True)} == {
+        (f"number {i}", 20 * i) for i in range(3)
+    }
+
+
 def test_flips_about_half_and_the_same_ones_again(tmp_path: Path) -> None:
     images = CaptionedImages(DataConfig(path=str(write_folder(tmp_path / "data")), size=16, flip=True), seed=0)
     straight = images.images(0, 1)[0]

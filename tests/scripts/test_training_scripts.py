@@ -19,13 +19,14 @@ from train_clip import ClipTrainingConfig
 from train_unet import UNetTrainingConfig
 
 from autoencoder import Autoencoder, VQAutoencoder, VQAutoencoderConfig
+from ldm.loss import diffusion_loss
 from ldm.time_sampling import draw, logit_normal
 from ldm.training import randomness
 from ldm.training.command_line import parse_config
 from ldm.training.data import Batch, CaptionedImages, DataConfig
 from ldm.training.loop import LoopConfig, Training, make_accelerator
 from pipelines import TextToImagePipeline
-from pipelines.loading import load_autoencoder
+from pipelines.loading import load_autoencoder, load_model
 from text_encoder import Tokenizer
 
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -345,6 +346,49 @@ def test_importance_is_remembered_over_a_resume(trained_clip: Path, data_folder:
             train_unet.train(config)
         logs.append(load_file(out / "model/unet/diffusion_pytorch_model.safetensors"))
     assert same(*logs)
+
+
+def test_the_loss_on_held_out_pictures_is_logged(
+    trained_autoencoder: Path, trained_clip: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    config = unet_config(
+        tmp_path,
+        data_folder,
+        trained_autoencoder,
+        trained_clip,
+        heldout=str(data_folder),
+        loop=loop_config(tmp_path, steps=4, sample_every=2),
+    )
+    train_unet.train(config)
+    measured = [line for line in log_of(tmp_path) if "heldout_loss" in line]
+    assert [line["step"] for line in measured] == [2, 4]
+
+    model = load_model(tmp_path / "model")
+    rows = CaptionedImages(config.data, 0)
+    count = len(rows)
+    latents = load_autoencoder(trained_autoencoder / "model" / "vae").float().encode(rows.images(0, count))
+    t = torch.tensor([int((i + 0.5) * 1000 / count) for i in range(count)])
+    eps = randomness.normal(latents.shape[1:], 0, "heldout", 0, range(count))
+    captions = rows.captions()
+    for name, words in (("heldout_loss", captions), ("heldout_loss_other_caption", captions[-1:] + captions[:-1])):
+        context = model.text_encoder.float()(model.tokenizer(words).ids)
+        schedule = config.scheduler.make_schedule()
+        with torch.no_grad():
+            inputs = model.unet.float(), latents, eps, t, context, schedule, config.scheduler.prediction
+            losses = diffusion_loss(*inputs, config.objective.min_snr_gamma)
+        assert measured[-1][name] == pytest.approx(float(losses.mean()), rel=2e-2)  # the model is float16 on disk
+
+
+def test_an_init_of_another_shape_is_refused(trained_clip: Path, data_folder: Path, tmp_path: Path) -> None:
+    config = unet_config(tmp_path, data_folder, tmp_path, trained_clip, autoencoder=None, model=PIXELS)
+    train_unet.train(config)
+    wider = {**PIXELS, "block_out_channels": [2 * width for width in PIXELS["block_out_channels"]]}
+    for model, fault in ((wider, "block_out_channels"), ({**PIXELS, "attention_head_dim": 1}, "attention_head_dim")):
+        other = unet_config(
+            tmp_path, data_folder, tmp_path, trained_clip, autoencoder=None, model=model, init=str(tmp_path / "model")
+        )
+        with pytest.raises(ValueError, match=rf"has {fault} .*, but model.{fault} is .*: make them agree"):
+            train_unet.make_unet(other)
 
 
 def test_logit_normal_times_are_drawn_from_it_and_not_weighed(
