@@ -1,180 +1,138 @@
-"""Measure a model in the picturebook world: does the picture show what the prompt says, read back from the pixels?
+"""Measure a model: caption accuracy, FID, KID, precision, recall, what the autoencoder loses; all with intervals.
 
-    python scripts/evaluate.py [MODEL] [--prompts 500] [--guidance 3 1] [--json FILE] [--record] [--sheet FILE]
+    python scripts/evaluate.py [MODEL] [--prompts 500] [--guidance 3 1] [--report FILE.html] [--json FILE] [--record]
+    accelerate launch scripts/evaluate.py MODEL --data FOLDER --features inception:FILE | clip:FOLDER
 
-Prompts are the captions of held-out scenes in order; picture i has seed i; nothing is chosen or tried twice. A picture
-is right if every attribute that its caption states is. Beside the score stand four controls of the judge, the
-autoencoder's reconstruction, and FID in the judge's feature space.
+Without `--data` the prompts are the captions of held-out picturebook scenes, and a judge reads back whether each
+picture shows what its caption states. With it they are the captions of a folder as training takes it, and the real
+pictures are all of that folder. Prompts are taken in order; picture i has seed i; nothing is chosen or tried twice.
+Several processes share the work and get, picture for picture, what one gets.
 """
 
 import argparse
 import json
+import os
 import platform
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from judge import WEIGHTS, Judge, Reading, load_judge, score
-from picturebook import UNITS, WORLD, Scene, pictures
+from evaluation import metrics
+from evaluation.caption_accuracy import Readings, accuracy, controls, read_all
+from evaluation.exhibits import galleries
+from evaluation.feature_networks import HOW, FeatureNetwork, open_network
+from evaluation.likelihood import bound_in_words
+from evaluation.measurements import Measurements, from_pixels, measure
+from evaluation.metrics import Measured
+from evaluation.real_pictures import RealPictures, from_folder, from_picturebook
+from evaluation.report import write_report
+from picturebook import WORLD
 from PIL import Image
 from sheet import to_images, write_sheet
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from tqdm import tqdm
+from torch import Tensor
 
-from autoencoder import Autoencoder
+from ldm.pictures import as_tensor
 from pipelines import TextToImagePipeline
 from pipelines.errors import one_line_errors
 from pipelines.json_files import write_json
+from pipelines.prompt_file import device_of
 
 SEED = 2_000_001  # of the scenes that models are scored on; settings are chosen on other seeds
-RENDERED_AT_ONCE = 50
-Scores = list[dict[str, bool]]
+FEWEST = 8  # pictures: each half of the real ones needs more than `metrics.NEIGHBOURS`
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     """RGB pictures of one size -> float32 [N,3,H,W] in [-1,1]."""
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.stack([as_tensor(image) for image in images])
 
 
-def interval(values: Sequence[float]) -> list[float]:
-    """95 % bootstrap interval of the mean."""
-    draws = np.random.default_rng(0).choice(np.asarray(values, dtype=float), (2000, len(values)))
-    return [round(float(v), 4) for v in np.quantile(draws.mean(1), (0.025, 0.975))]
-
-
-def accuracy(scores: Scores) -> dict[str, Any]:
-    """Share of pictures with every stated attribute right; also per attribute, and per number of attributes."""
-    right = [all(each.values()) for each in scores]
-    attributes: dict[str, list[bool]] = defaultdict(list)
-    numbers: dict[int, list[bool]] = defaultdict(list)
-    for each, whole in zip(scores, right, strict=True):
-        numbers[len(each)].append(whole)
-        for name, value in each.items():
-            attributes[name.rstrip(" 12")].append(value)
-    return {
-        "accuracy": round(float(np.mean(right)), 4),
-        "interval": interval(right),
-        "per attribute": {name: round(float(np.mean(v)), 4) for name, v in sorted(attributes.items())},
-        "per number of attributes": {n: [round(float(np.mean(v)), 4), len(v)] for n, v in sorted(numbers.items())},
-    }
-
-
-def judged(scenes: Sequence[Scene], readings: Sequence[Reading]) -> Scores:
-    return [score(scene.metadata("", UNITS), reading) for scene, reading in zip(scenes, readings, strict=True)]
-
-
-def read(judge: Judge, images: Tensor) -> list[Reading]:
-    return [reading for some in images.split(100) for reading in judge.read(some)]
-
-
-@torch.inference_mode()
-def reconstruct(autoencoder: Autoencoder, images: Tensor) -> Tensor:
-    """Decoded modes of the posterior, clamped and rounded to 8 bits, [-1,1]."""
-    like = next(autoencoder.parameters())
-    decoded = torch.cat([autoencoder.decode(autoencoder.encode(some.to(like))).cpu() for some in images.split(50)])
-    return ((decoded.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-
-
-def reconstruction_psnr(scenes: Sequence[Scene], images: Tensor, decoded: Tensor) -> dict[str, float]:
-    """Mean over pictures of the PSNR in dB, over all pixels and over the pixels of the things' boxes."""
-    squared = (images - decoded).square().mean(1)
-    whole, boxes = [], []
-    for scene, error in zip(scenes, squared, strict=True):
-        inside = torch.zeros_like(error, dtype=torch.bool)
-        scale = error.shape[-1] / UNITS
-        for group in scene.things:
-            for x0, y0, x1, y1 in group.boxes:
-                inside[round(y0 * scale) : round(y1 * scale), round(x0 * scale) : round(x1 * scale)] = True
-        whole.append(10 * torch.log10(4 / error.mean()).item())
-        boxes.append(10 * torch.log10(4 / error[inside].mean()).item())
-    return {"all pixels": round(float(np.mean(whole)), 2), "boxes": round(float(np.mean(boxes)), 2)}
-
-
-class _Features(nn.Module):
-    """The judge's features, as torchmetrics wants a feature network."""
-
-    def __init__(self, judge: Judge) -> None:
-        super().__init__()
-        self.judge = judge
-        self.num_features = judge.background.in_features
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([self.judge.features(some) for some in images.split(100)])
-
-
-@torch.inference_mode()
-def frechet(judge: Judge, real: Tensor, other: Tensor) -> float:
-    """Frechet distance (Heusel et al. 2017) of two sets of pictures in the judge's 112 features."""
-    metric = FrechetInceptionDistance(feature=_Features(judge))
-    metric.update(real, real=True)
-    metric.update(other, real=False)
-    return round(float(metric.compute()), 4)
-
-
-def render(
-    pipe: TextToImagePipeline, prompts: Sequence[str], steps: int | None, guidance: float | None
-) -> list[Image.Image]:
-    """One picture a prompt; picture i has seed i."""
-    images: list[Image.Image] = []
-    for start in tqdm(range(0, len(prompts), RENDERED_AT_ONCE), desc="rendering", unit="batch"):
-        some = list(prompts[start : start + RENDERED_AT_ONCE])
-        made = pipe(some, seed=start, num_inference_steps=steps, guidance_scale=guidance).images
-        assert isinstance(made, list)
-        images += made
-    return images
-
-
-def evaluate(
-    pipe: TextToImagePipeline,
-    count: int,
-    *,
-    seed: int = SEED,
-    steps: int | None = None,
-    guidances: Sequence[float | None] = (None,),
-    sheet: Path | None = None,
+def figures(
+    pipe: TextToImagePipeline, real: RealPictures, network: FeatureNetwork, found: Measurements
 ) -> dict[str, Any]:
-    """All figures of a model, from `count` held-out scenes of the world's `seed`; None is the model's own default."""
-    judge = load_judge()
-    pairs = list(pictures(count, seed, "heldout", UNITS))
-    scenes, real = [scene for scene, _ in pairs], to_tensor([image for _, image in pairs])
-    decoded = reconstruct(pipe.autoencoder, real)
-    readings = read(judge, real)
-    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-    result: dict[str, Any] = {
-        "world": WORLD,
-        "seed": seed,
-        "pictures": count,
-        "two things and a relation": round(float(np.mean([s.relation is not None for s in scenes])), 3),
-        "controls": {
-            "real pictures": accuracy(judged(scenes, readings))["accuracy"],
-            "reconstructions": accuracy(judged(scenes, read(judge, decoded)))["accuracy"],
-            "another picture's caption": accuracy(judged(scenes, readings[1:] + readings[:1]))["accuracy"],
-            "noise": accuracy(judged(scenes, read(judge, noise)))["accuracy"],
-        },
-        "reconstruction psnr": reconstruction_psnr(scenes, real, decoded),
-        "fid": {
-            "feature network": WEIGHTS.name,
-            "real against real": frechet(judge, real[::2], real[1::2]),
-            "real against reconstructions": frechet(judge, real, decoded),
-        },
+    """All figures, as `ldm.json` records them and the report shows them."""
+    prompts, decoded = len(real.prompts), found.decoded
+    features = found.real["features"]
+    sets = {
+        "real against real": (features[::2], features[1::2], False),
+        "real against reconstructions": (features[:prompts], decoded["features"], True),
     }
-    for guidance in guidances:
-        images = render(pipe, [scene.text for scene in scenes], steps, guidance)
-        pixels = to_tensor(images)
-        name = f"guidance {pipe.settings.guidance if guidance is None else guidance:g}"
-        result[name] = accuracy(judged(scenes, read(judge, pixels)))
-        result["fid"][f"real against generated, {name}"] = frechet(judge, real, pixels)
-        if sheet is not None and guidance is guidances[0]:
-            write_sheet(sheet, images[:24], columns=8)
-            shown = torch.stack([real[:12], decoded[:12]], 1).flatten(0, 1)
-            write_sheet(sheet.with_stem(sheet.stem + "-reconstructions"), to_images(shown), columns=8)
-    result["steps"] = pipe.settings.steps if steps is None else steps
-    result["versions"] = {"torch": torch.__version__, "python": platform.python_version(), "dtype": str(pipe.dtype)}
+    shown = {"real pictures": found.real, "reconstructions": decoded}
+    for name, rows in found.generated.items():
+        sets[f"real against generated, {name}"] = (features, rows["features"], False)
+        shown[f"generated, {name}"] = rows
+    manifolds = {name: metrics.precision_and_recall(*two) for name, (*two, _) in sets.items()}
+    pixels = {"all pixels": decoded["psnr"]} | ({"boxes": decoded["psnr in boxes"]} if real.scenes else {})
+    result: dict[str, Any] = {
+        "pictures": prompts,
+        "real pictures": real.count,
+        "size": real.size,
+        "data fingerprint": real.fingerprint,
+        "features": network.describe() | {"dimensions": features.shape[1]},
+        "reconstruction psnr": _as_json({name: metrics.mean(values) for name, values in pixels.items()}),
+        "reconstruction ssim": _as_json({"all pixels": metrics.mean(decoded["ssim"])}),
+        "fid": {"feature network": network.weights[0].name}
+        | _as_json({name: metrics.frechet(*two) for name, two in sets.items()}),
+        "kid": _as_json({name: metrics.kernel_distance(*two) for name, two in sets.items()}),
+        **{side: _as_json({name: two[side] for name, two in manifolds.items()}) for side in ("precision", "recall")},
+    }
+    if real.scenes is not None:
+        share = metrics.explained(features, [scene.background for scene in real.scenes])
+        result["features"]["variance explained by the background"] = round(share, 3)
+    if network.classes is not None:
+        scores = {name: metrics.inception_score(rows["logits"]) for name, rows in shown.items()}
+        result["inception-style score"] = _as_json(scores)
+    if network.embed_texts is not None:
+        with torch.inference_mode():
+            texts = network.embed_texts(real.prompts)
+        matches = {name: metrics.clip_scores(rows["features"][:prompts], texts) for name, rows in shown.items()}
+        matches["real pictures, another's caption"] = metrics.clip_scores(features[:prompts], texts.roll(1, 0))
+        result["clip score"] = _as_json({name: metrics.mean(values) for name, values in matches.items()})
+    if found.bits is not None:
+        counted = {"pictures": len(found.bits["bits"]), **bound_in_words(pipe)}
+        result["bits per dimension"] = counted | _as_json({"mean": metrics.mean(found.bits["bits"])})
+    result["pictures compared"] = {name: [len(one), len(other)] for name, (one, other, _) in sets.items()}
+    result["resamples"] = {
+        "means": metrics.RESAMPLES,
+        "fid": metrics.set_resamples(features.shape[1]),
+        "kid": metrics.SET_RESAMPLES,
+    }
     return result
+
+
+def _as_json(named: Mapping[str, Measured]) -> dict[str, Any]:
+    """Each figure under its name, to five digits, and all their intervals under "intervals"."""
+
+    def short(value: float) -> float:
+        return float(f"{value:.5g}")
+
+    values = {name: short(each.value) for name, each in named.items()}
+    return values | {"intervals": {name: [short(each.low), short(each.high)] for name, each in named.items()}}
+
+
+def judgements(real: RealPictures, found: Measurements) -> tuple[dict[str, Any], dict[str, Readings]]:
+    """Caption accuracy and the judge's controls, and what it read; nothing where the scenes are not known."""
+    if real.scenes is None:
+        return {}, {}
+    count = len(real.scenes)
+    pixels = {name: from_pixels(rows["pixels"]) for name, rows in found.generated.items()}
+    pictures = {"real": real.images(0, count), "decoded": from_pixels(found.decoded["pixels"])} | pixels
+    readings = {name: read_all(real.scenes, images) for name, images in pictures.items()}
+    result = {
+        "two things and a relation": round(float(np.mean([s.relation is not None for s in real.scenes])), 3),
+        "controls": controls(real.scenes, readings["real"], readings["decoded"]),
+    }
+    return result | {name: accuracy(readings[name].scores) for name in found.generated}, readings
+
+
+def write_sheets(file: Path, real: RealPictures, found: Measurements) -> None:
+    """A PNG with the first 24 generated pictures, and beside it one with 12 real ones and their reconstructions."""
+    generated, decoded = next(iter(found.generated.values()))["pixels"], from_pixels(found.decoded["pixels"][:12])
+    write_sheet(file, to_images(from_pixels(generated[:24])), columns=8)
+    shown = torch.stack([real.images(0, len(decoded)), decoded], 1).flatten(0, 1)
+    write_sheet(file.with_stem(file.stem + "-reconstructions"), to_images(shown), columns=8)
 
 
 def record(pipe: TextToImagePipeline, result: dict[str, Any]) -> None:
@@ -184,32 +142,107 @@ def record(pipe: TextToImagePipeline, result: dict[str, Any]) -> None:
     write_json(pipe.model.folder / "ldm.json", settings.model_dump(mode="json", exclude_none=True))
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", nargs="?", help="model folder; by default the built-in model")
+    parser.add_argument("--data", type=Path, help="folder of images with metadata.jsonl, instead of the picturebook")
+    parser.add_argument("--features", help=f"feature network: judge (the picturebook's default), judge-things, {HOW}")
     parser.add_argument("--prompts", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=SEED, help="of the world; choose settings on another one")
+    parser.add_argument("--seed", type=int, help="of the picturebook; choose settings on another one than the default")
     parser.add_argument("--steps", type=int, help="by default the model's own")
     parser.add_argument("--guidance", type=float, nargs="+", help="one or more scales; by default the model's own")
+    parser.add_argument("--sampler", help="by default the model's own")
+    parser.add_argument("--bits", type=int, default=0, help="also the likelihood of so many real pictures; slow")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
+    parser.add_argument("--cache", type=Path, help="folder that keeps the real pictures' features for the next time")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     parser.add_argument("--record", action="store_true", help="also write the result into the model's ldm.json")
+    parser.add_argument("--report", type=Path, help="HTML file with tables, plots and pictures")
     parser.add_argument("--sheet", type=Path, help="PNG with the first 24 pictures")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for what cannot be had, before anything is computed."""
+    if args.prompts < FEWEST:
+        raise ValueError(f"--prompts is {args.prompts}; give at least {FEWEST}")
+    if not 0 <= args.bits <= args.prompts:
+        raise ValueError(f"--bits is {args.bits}; give a number from 0 to the {args.prompts} of --prompts")
+    for option, file in (("--report", args.report), ("--json", args.json)):
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"{option} {file}: folder {file.parent} does not exist; make it first")
+    if args.data is None:
+        return
+    if args.features is None:
+        raise ValueError(f"--data needs a feature network that knows such pictures: --features {HOW}")
+    if args.features in ("judge", "judge-things"):
+        raise ValueError(f"--features {args.features} knows the picturebook alone; with --data give {HOW}")
+    if args.seed is not None:
+        raise ValueError("--seed draws picturebook scenes; with --data the prompts are the folder's first captions")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """All that `main` does with its arguments. Raises ValueError and OSError for what the user can mend."""
+    from accelerate import PartialState
+
+    check(args)
+    pipe = TextToImagePipeline.from_pretrained(args.model, device_of(os.environ, args.device), args.dtype)
+    if args.record and pipe.model.folder is None:
+        raise ValueError(f"--record writes into a model folder, but {args.model} is a file; write --json instead")
+    guidances = args.guidance or [None]
+    request = pipe.request(
+        ("",), ("",), steps=args.steps, guidance=guidances[0], sampler=args.sampler, rescale=0.0, eta=0.0
+    )
+    if request.width != request.height:
+        raise ValueError(f"this model makes {request.width}x{request.height}; only square pictures are evaluated")
+    network = open_network(args.features or "judge", pipe.device)
+    seed = SEED if args.seed is None else args.seed
+    if args.data is None:
+        real = from_picturebook(args.prompts, seed, request.width)
+    else:
+        real = from_folder(args.data, args.prompts, request.width)
+    state = PartialState(cpu=pipe.device.type == "cpu")  # from here on all processes work together
+    found = measure(
+        pipe,
+        real,
+        network,
+        guidances=guidances,
+        steps=args.steps,
+        sampler=args.sampler,
+        bits=args.bits,
+        cache=args.cache,
+    )
+    if not state.is_main_process:
+        return
+    judged, readings = judgements(real, found)
+    result = {"world": WORLD, "seed": seed} if args.data is None else {}
+    result |= figures(pipe, real, network, found) | judged
+    result |= {"steps": request.steps, "sampler": request.sampler}
+    result["versions"] = {
+        "torch": torch.__version__,
+        "torchmetrics": version("torchmetrics"),
+        "python": platform.python_version(),
+        "dtype": str(pipe.dtype),
+        "device": pipe.device.type,
+        **network.version(),
+    }
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    if args.record:
+        record(pipe, result)
+    if args.sheet is not None:
+        write_sheets(args.sheet, real, found)
+    if args.report is not None:
+        title = f"Evaluation of {Path(args.model).name if args.model else 'the built-in model'}"
+        write_report(args.report, title, result, galleries(real, network, found, readings))
+    print(json.dumps(result, indent=2))
+
+
+def main() -> None:
+    args = parse()
     with one_line_errors():
-        if args.prompts < 4:
-            raise ValueError(f"--prompts is {args.prompts}; give at least 4")
-        pipe = TextToImagePipeline.from_pretrained(args.model, args.device, args.dtype)
-        if args.record and pipe.model.folder is None:
-            raise ValueError(f"--record writes into a model folder, but {args.model} is a file; write --json instead")
-        guidances = args.guidance or [None]
-        result = evaluate(pipe, args.prompts, seed=args.seed, steps=args.steps, guidances=guidances, sheet=args.sheet)
-        if args.json is not None:
-            args.json.write_text(json.dumps(result, indent=2) + "\n")
-        if args.record:
-            record(pipe, result)
-        print(json.dumps(result, indent=2))
+        evaluate(args)
 
 
 if __name__ == "__main__":

@@ -69,8 +69,12 @@ class Judge(nn.Module):
         nn.init.constant_(self.heads.bias[:1], -4.0)  # type: ignore[index]  # centres are rare
 
     def features(self, images: Tensor) -> Tensor:
-        """Mean feature vector [B,width] of each picture: the feature space of FID in this world."""
+        """Mean feature vector [B,width] of each picture, which the background decides first of all."""
         return self.body(self.stem(images)).mean((2, 3))
+
+    def spread(self, images: Tensor) -> Tensor:
+        """Standard deviation [B,width] of each feature over the picture, which its things decide first of all."""
+        return self.body(self.stem(images)).std((2, 3))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         grid = self.body(self.stem(images))

@@ -1,0 +1,1 @@
+"""What `scripts/evaluate.py` measures, with which networks, and the page that it writes."""
