@@ -1,0 +1,1 @@
+"""What `scripts/benchmark.py` times, against whom, and how the figures are made."""
