@@ -1,293 +1,90 @@
-"""The figures for readers, each made anew by one command.
+"""The papers' figures and tables in the picturebook world, each made anew by one command.
 
-    python scripts/reproduce.py schedules [--out reproduce] [--json]
+    python scripts/reproduce.py schedules              noise schedules, posterior variances, the spectrum of x_t
+    python scripts/reproduce.py ddim                   steps and eta (Song et al. 2020, table 1)
+    python scripts/reproduce.py ddim-pixels            the same with a small model of pixels
+    python scripts/reproduce.py guidance               w and p_uncond (Ho and Salimans 2022, table 1)
+    python scripts/reproduce.py objectives             schedule and loss (Nichol and Dhariwal 2021, tables 1 and 2)
+    python scripts/reproduce.py autoencoders           factor and discriminator (Rombach et al. 2022, table 8)
+        [--out runs/reproduce] [--json] [--pictures N] [--training-steps N] [--rows ROW ...] [--columns COLUMN ...]
 
-`schedules` writes `schedules.png`, the noise schedules and their posterior variances side by side, and `spectrum.png`,
-the Fourier spectrum of x_t over t. The files written are printed; with `--json` the last line has the numbers behind
-the plots, null where one is infinite or there is none.
+A table is printed with the paper's beside it, and whether the paper's shape reappears, claim by claim; it is written as
+text, JSON and plot. How many hours it will take is said before it begins. The same command again goes on where it
+stopped: finished cells are lines of `OUT/TABLE.jsonl`. With `--json` the last line has the numbers, null where one is
+infinite or there is none. A quick look:
+
+    python scripts/reproduce.py ddim --pictures 50 --columns 10 20
 """
 
 import argparse
 import json
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
-import torch
-from picturebook import picture
-from torch import Tensor
+from reproductions import autoencoders, ddim, guidance, objectives
+from reproductions.schedules import schedules
+from reproductions.table import Setup, Table, plain, run
 
-from ldm.posterior import beta, beta_tilde
-from ldm.schedule import NoiseSchedule, ScheduleKind
-from pipelines.errors import one_line_errors
+from pipelines.errors import FAULT, one_line_errors
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-STEPS = 1000
-LENGTHS = (100, 1000, 4000)  # 4000 is what Nichol and Dhariwal 2021 train with
-BETAS: dict[ScheduleKind, dict[str, float]] = {
-    "linear": {"beta_start": 1e-4, "beta_end": 0.02},
-    "scaled_linear": {"beta_start": 0.00085, "beta_end": 0.012},
-    "cosine": {},
+TABLES = {
+    "ddim": ddim.LATENTS,
+    "ddim-pixels": ddim.PIXELS,
+    "guidance": guidance.TABLE,
+    "objectives": objectives.TABLE,
+    "autoencoders": autoencoders.TABLE,
 }
-"""Each schedule's first and last beta at 1000 steps, where it has them."""
-PICTURES, SIZE = 48, 128
-SHARES = (0.0, 0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
-"""The t/T at which x_t and its spectrum are shown."""
-
-COLORS = {"linear": "#0072B2", "scaled_linear": "#D55E00", "cosine": "#009E73"}  # of Okabe and Ito 2008
-INK, FAINT = "#222222", "#777777"
-STYLE = {
-    "axes.edgecolor": FAINT,
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 12,
-    "figure.constrained_layout.h_pad": 0.1,
-    "figure.constrained_layout.w_pad": 0.1,
-    "figure.titlesize": 13,
-    "font.size": 11,
-    "grid.color": "#E8E8E8",
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "savefig.dpi": 160,
-    "text.color": INK,
-    "xtick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.color": FAINT,
-    "ytick.labelcolor": INK,
-}
-Numbers = dict[str, Any]
+Made = tuple[list[Path], dict[str, Any]]
+"""The files that were written, and the numbers behind them."""
 
 
-def schedule(kind: ScheduleKind, steps: int = STEPS, zero_terminal_snr: bool = False) -> NoiseSchedule:
-    """A paper's schedule at any length: betas go with 1000 / T, so that alpha-bar over t/T stays nearly the same.
-
-    That is the scaling in the released code of Nichol and Dhariwal 2021.
-
-    Raises:
-        ValueError: steps < 1, or so few that a beta reaches 1.
-    """
-    betas = {name: value * 1000 / steps for name, value in BETAS[kind].items()}
-    return NoiseSchedule(kind, steps, zero_terminal_snr=zero_terminal_snr, **betas)
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(FAULT)
 
 
-def curves(schedule: NoiseSchedule) -> dict[str, Tensor]:
-    """What a schedule does at t = 0 ... T - 1: float64 [T] each.
-
-    alpha_bar is alpha^2; log10_snr that of alpha^2 / sigma^2; beta and beta_tilde are the two variances of a step from
-    t to t - 1 (Ho et al. 2020, eqs. 2 and 7), and ratio is beta_tilde / beta (Nichol and Dhariwal 2021, section 3.1).
-    """
-    t = torch.arange(schedule.steps)
-    upper, lower = beta(schedule, t, t - 1), beta_tilde(schedule, t, t - 1)
-    return {
-        "alpha_bar": schedule.alphas_cumprod,
-        "log10_snr": schedule.log_snr(t) / math.log(10),
-        "beta": upper,
-        "beta_tilde": lower,
-        "ratio": lower / upper,
-    }
+def make_table(name: str, table: Table) -> Callable[[argparse.Namespace], Made]:
+    return lambda args: run(name, table, Setup(args.out, args.pictures, args.training_steps), args.rows, args.columns)
 
 
-def radial_spectrum(images: Tensor) -> Tensor:
-    """The mean power of images [B,C,N,N] at each spatial frequency of 0 ... N/2 cycles per picture: [N/2 + 1].
-
-    A ring of the unitary discrete Fourier transform holds the frequencies that round to its radius; the corners beyond
-    N/2 belong to none. White noise of variance s^2 has power s^2 in every ring (Parseval).
-    """
-    size = images.shape[-1]
-    power = torch.fft.fft2(images, norm="ortho").abs().square().mean((0, 1))
-    frequency = torch.fft.fftfreq(size) * size
-    ring = torch.hypot(frequency[:, None], frequency).round().long().flatten()
-    return (torch.bincount(ring, power.flatten()) / torch.bincount(ring))[: size // 2 + 1]
-
-
-def noised_spectrum(clean: Tensor, schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """The expected power spectrum of x_t, alpha^2 S_0 + sigma^2, from that of x_0, `clean` [F]; t is 0-d.
-
-    Signal and noise are independent and the transform is linear and unitary (x_t is Ho et al. 2020, eq. 4).
-
-    Raises:
-        ValueError: t out of range.
-    """
-    alpha, sigma = schedule.at(t)
-    return alpha**2 * clean + sigma**2
-
-
-def drowning_frequency(clean: Tensor, snr: Tensor) -> Tensor:
-    """The lowest frequency, in cycles per picture, at which alpha^2 S_0 falls to sigma^2: like snr.
-
-    `clean` [F] is S_0 at 0 ... F - 1 cycles per picture, of which 0 is left out; `snr` is alpha^2 / sigma^2, of any
-    shape. Interpolated linearly in the logarithms; nan where all frequencies stand above the noise, or none does.
-    """
-    depth = -clean[1:].cummin(0).values.log()
-    wanted = snr.to(depth).log()
-    first = torch.searchsorted(depth, wanted)  # the first frequency below the noise
-    upper = first.clamp(1, len(depth) - 1)
-    weight = (wanted - depth[upper - 1]) / (depth[upper] - depth[upper - 1])
-    frequency = torch.lerp(upper.to(depth).log(), (upper + 1).to(depth).log(), weight).exp()
-    return frequency.where((first > 0) & (first < len(depth)), math.nan)
-
-
-def picturebook_images(count: int, size: int) -> Tensor:
-    """The first `count` pictures of the picturebook's seed 0: float32 [count,3,size,size] in [-1,1]."""
-    from evaluate import to_tensor
-
-    return to_tensor([picture(index, seed=0, size=size)[1] for index in range(count)])
-
-
-@contextmanager
-def figure(file: Path, title: str, height: float) -> Iterator["Figure"]:
-    """An empty figure to draw on, 10 by `height` inches, written to `file` at the end; makes its folder.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-        OSError: the file cannot be written.
-    """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError('plots need matplotlib: pip install -e ".[train]"') from None
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context(STYLE):
-        drawn = Figure(figsize=(10, height), layout="constrained")
-        drawn.suptitle(title)
-        yield drawn
-        drawn.savefig(file)
-
-
-def draw_schedules(file: Path) -> Numbers:
-    """Alpha-bar, SNR and the two variances of every schedule over t/T, with and without zero terminal SNR."""
-    table = {(kind, zero): curves(schedule(kind, zero_terminal_snr=zero)) for kind in BETAS for zero in (False, True)}
-    ratios = {steps: curves(schedule("linear", steps))["ratio"] for steps in LENGTHS}
-
-    def plot(axes: "Axes", name: str, title: str) -> None:
-        for (kind, zero), values in table.items():
-            line, label = ("--", None) if zero else ("-", kind.replace("_", " "))
-            axes.plot(over_time(STEPS), values[name], line, color=COLORS[kind], label=label)
-        axes.set_title(title)
-
-    title = (
-        "Noise schedules: linear (Ho et al. 2020), scaled linear (Rombach et al. 2022),\n"
-        "cosine (Nichol & Dhariwal 2021), with and without zero terminal SNR (Lin et al. 2023)"
-    )
-    with figure(file, title, height=11.5) as drawn:
-        ((signal, snr), (forward, posterior), (ratio, lengths)) = drawn.subplots(3, 2)
-        plot(signal, "alpha_bar", r"signal left, $\bar\alpha_t$")
-        plot(snr, "log10_snr", r"$\log_{10}$ SNR, $\bar\alpha_t\,/\,(1-\bar\alpha_t)$")
-        snr.set_ylim(-6.5, 4.5)
-        plot(forward, "beta", r"variance of a step forwards, $\beta_t$")
-        plot(posterior, "beta_tilde", r"variance of the posterior, $\tilde\beta_t$")
-        for axes in (forward, posterior):
-            axes.set_yscale("log", nonpositive="mask")
-            axes.set_ylim(2e-5, 1.4)
-        plot(ratio, "ratio", rf"$\tilde\beta_t\,/\,\beta_t$ for $T={STEPS}$")
-        shades = ("#89C2E8", COLORS["linear"], "#003A5C")
-        for (steps, values), shade in zip(ratios.items(), shades, strict=True):
-            lengths.plot(over_time(steps), values, color=shade, label=f"$T={steps}$")
-        lengths.set_title(r"$\tilde\beta_t\,/\,\beta_t$ by length, linear (Nichol & Dhariwal 2021)")
-        lengths.legend(loc="lower right")
-        for axes in (ratio, lengths):
-            axes.set_xscale("log")
-        for axes in drawn.axes:
-            axes.set_xlabel("$t\\,/\\,T$")
-        signal.plot([], [], "--", color=FAINT, label="zero terminal SNR")
-        drawn.legend(*signal.get_legend_handles_labels(), loc="outside lower center", ncols=len(COLORS) + 1)
-    return {
-        "curves": {f"{kind}, zero terminal SNR" if zero else kind: values for (kind, zero), values in table.items()},
-        "linear ratio by length": ratios,
-    }
-
-
-def draw_spectrum(file: Path) -> Numbers:
-    """The power spectrum of x_t at several t of the linear schedule, and the frequency that noise has reached."""
-    process, images = schedule("linear"), picturebook_images(PICTURES, SIZE)
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    clean = radial_spectrum(images)
-    frequency = torch.arange(1, len(clean))
-    octaves = [2**i for i in range(len(clean).bit_length())]
-    all_t = torch.arange(STEPS)
-    drowned = {kind: drowning_frequency(clean, schedule(kind).snr(all_t)) for kind in BETAS}
-    spectra: Numbers = {}
-    title = (
-        f"The forward process (Ho et al. 2020, eq. 4) in the Fourier domain, {PICTURES} picturebook pictures:\n"
-        "white noise drowns high frequencies first"
-    )
-    with figure(file, title, height=7.2) as drawn:
-        from matplotlib import colormaps
-
-        strip, plots = drawn.subfigures(2, 1, height_ratios=(1, 2.9))
-        power, reach = plots.subplots(1, 2, width_ratios=(1.25, 1))
-        colors = colormaps["viridis"](torch.linspace(0, 0.88, len(SHARES)).numpy())
-        for share, color, axes in zip(SHARES, colors, strip.subplots(1, len(SHARES)), strict=True):
-            t = torch.tensor(round(share * STEPS) - 1)  # the papers' t minus one
-            x_t = process.add_noise(images, noise, t)
-            measured, expected = radial_spectrum(x_t), noised_spectrum(clean, process, t)
-            crossing = drowning_frequency(clean, process.snr(t))
-            spectra[f"{share:g}"] = {"measured": measured, "expected": expected, "drowned_from": crossing}
-            axes.imshow((x_t[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy())
-            axes.set_title(f"$t/T={share:g}$", loc="center", fontsize=11)
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set(visible=True, color=color, linewidth=3)
-            power.plot(frequency, expected[1:], color=color, linewidth=1)
-            power.plot(frequency, measured[1:], ".", color=color)
-            power.plot(crossing, 2 * process.at(t)[1] ** 2, "o", color=color, markeredgecolor=INK, markersize=9)
-        power.set(xscale="log", yscale="log", xlabel="cycles per picture")
-        power.set_xticks(octaves, labels=octaves)
-        power.set_title(r"power of $x_t$: $\alpha^2 S_0 + \sigma^2$ (lines), measured (dots)")
-        for kind, reached in drowned.items():
-            reach.plot(over_time(STEPS), reached, color=COLORS[kind], label=kind.replace("_", " "))
-        reach.set(yscale="log", ylim=(1, SIZE / 2), xlabel="$t\\,/\\,T$", ylabel="cycles per picture")
-        reach.set_yticks(octaves, labels=octaves)
-        reach.set_title(r"where noise meets signal (circles), $\alpha^2 S_0 = \sigma^2$")
-        reach.text(0.08, 1.43, "signal prevails", color=FAINT)
-        reach.text(0.92, 11.5, "noise prevails", color=FAINT, ha="right")
-        reach.legend(loc="upper right")
-        for axes in (power, reach):
-            axes.minorticks_off()
-    return {"cycles per picture": frequency, "clean": clean, "linear at t/T": spectra, "drowned_from": drowned}
-
-
-def over_time(steps: int) -> Tensor:
-    """t/T with the papers' t = 1 ... T."""
-    return torch.arange(1, steps + 1) / steps
-
-
-def plain(value: Any) -> Any:
-    """Numbers as JSON has them: six digits of each tensor's entries, None for what is not finite."""
-    if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [plain(each) for each in value]
-    if isinstance(value, Tensor):
-        return plain(value.tolist())
-    return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def schedules(out: Path) -> tuple[list[Path], Numbers]:
-    """Draws both figures into the folder `out`: the files, and the numbers behind them."""
-    files = [out / "schedules.png", out / "spectrum.png"]
-    return files, {"schedules": draw_schedules(files[0]), "spectrum": draw_spectrum(files[1])}
+def parse() -> argparse.Namespace:
+    shared = OneLineParser(add_help=False)
+    shared.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder to write")
+    shared.add_argument("--json", action="store_true", help="also print the numbers, as a last line")
+    parser = OneLineParser(description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="TABLE")
+    about = "noise schedules, posterior variances, and the Fourier spectrum of x_t"
+    command = commands.add_parser("schedules", parents=[shared], help=about, description=about)
+    command.set_defaults(make=lambda args: schedules(args.out))
+    for name, table in TABLES.items():
+        command = commands.add_parser(name, parents=[shared], help=table.title, description=table.title)
+        command.set_defaults(make=make_table(name, table))
+        command.add_argument(
+            "--pictures", type=int, default=table.pictures, help=f"N of each cell's FID; {table.pictures}"
+        )
+        command.add_argument("--rows", nargs="+", metavar="ROW", help=f"{table.rows}, of {', '.join(table.row_names)}")
+        command.add_argument(
+            "--columns", nargs="+", metavar="COLUMN", help=f"{table.columns}, of {', '.join(table.column_names)}"
+        )
+        if table.training_steps:
+            command.add_argument(
+                "--training-steps",
+                type=int,
+                default=table.training_steps,
+                help=f"of each model; {table.training_steps}",
+            )
+        else:
+            command.set_defaults(training_steps=0)
+    return parser.parse_args()
 
 
 def main() -> None:
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--out", type=Path, default=Path("reproduce"), help="folder to write")
-    shared.add_argument("--json", action="store_true", help="also print the numbers behind the plots, as a last line")
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="FIGURE")
-    about = "noise schedules, posterior variances, and the Fourier spectrum of x_t"
-    commands.add_parser("schedules", parents=[shared], help=about, description=about).set_defaults(run=schedules)
-    args = parser.parse_args()
+    args = parse()
     with one_line_errors():
-        files, numbers = args.run(args.out)
+        files, numbers = args.make(args)
         for file in files:
             print(file)
         if args.json:

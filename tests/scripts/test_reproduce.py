@@ -1,4 +1,4 @@
-"""The numbers behind the figures against closed forms, and the command."""
+"""The schedules' figures: the numbers behind them against closed forms, and the command."""
 
 import json
 import math
@@ -10,8 +10,11 @@ import pytest
 import reproduce
 import torch
 from PIL import Image
-from reproduce import curves, drowning_frequency, noised_spectrum, radial_spectrum, schedule
+from reproductions import schedules
+from reproductions.schedules import curves, drowning_frequency, noised_spectrum, radial_spectrum, schedule
 from torch import Tensor
+
+from ldm.schedule import ScheduleKind
 
 SIDE = 32
 
@@ -50,14 +53,14 @@ def test_curves_are_those_of_the_papers() -> None:
 
 
 def test_zero_terminal_snr_ends_in_nothing_but_noise() -> None:
-    for kind in reproduce.BETAS:
+    for kind in schedules.BETAS:
         end = {name: values[-1].item() for name, values in curves(schedule(kind, zero_terminal_snr=True)).items()}
         assert (end["alpha_bar"], end["log10_snr"], end["beta"]) == (0, -math.inf, 1)
         assert end["beta_tilde"] == end["ratio"] < 1
 
 
-@pytest.mark.parametrize("kind", reproduce.BETAS)
-def test_lengths_keep_the_signal_over_time(kind: reproduce.ScheduleKind) -> None:
+@pytest.mark.parametrize("kind", schedules.BETAS)
+def test_lengths_keep_the_signal_over_time(kind: ScheduleKind) -> None:
     usual = schedule(kind).alphas_cumprod
     torch.testing.assert_close(schedule(kind, 4000).alphas_cumprod[3::4], usual, rtol=0, atol=1e-3)
     torch.testing.assert_close(schedule(kind, 100).alphas_cumprod, usual[9::10], rtol=0, atol=0.01)
@@ -121,13 +124,13 @@ def test_the_lowest_frequency_that_drowns_counts() -> None:
 
 
 def test_numbers_are_plain() -> None:
-    numbers = {"a": torch.tensor([1 / 3, math.inf]), "b": {2: [torch.tensor(math.nan), 4]}}
-    assert reproduce.plain(numbers) == {"a": [0.333333, None], "b": {2: [None, 4]}}
+    numbers = {"a": torch.tensor([1 / 3, math.inf]), "b": {2: [torch.tensor(math.nan), 4, "c"]}}
+    assert reproduce.plain(numbers) == {"a": [0.333333, None], "b": {2: [None, 4, "c"]}}
 
 
 def test_schedules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(reproduce, "PICTURES", 8)
-    monkeypatch.setattr(reproduce, "SIZE", SIDE)
+    monkeypatch.setattr(schedules, "PICTURES", 8)
+    monkeypatch.setattr(schedules, "SIZE", SIDE)
     run(monkeypatch, "schedules", "--out", str(tmp_path / "new" / "out"), "--json")
     *files, last = capsys.readouterr().out.splitlines()
     assert files == [str(tmp_path / "new" / "out" / name) for name in ("schedules.png", "spectrum.png")]

@@ -1,0 +1,186 @@
+"""FID against an inception-style score, by guidance and share of empty captions (Ho and Salimans 2022, table 1)."""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import TYPE_CHECKING
+
+from picturebook import UNITS
+
+from ldm.samplers import sample_ddim
+from pipelines import TextToImagePipeline
+from pipelines.loading import DEFAULT_MODEL
+from reproductions.measure import REAL, fid, inception_score, kind_logits, real_pictures
+from reproductions.models import BATCH, PASSES_OF_A_STEP, default_model, render, seconds_a_pass, trained
+from reproductions.plot import curves
+from reproductions.table import SAME_CAPTIONS, Cell, Claim, Paper, Results, Setup, Table, along, fingerprint, rises
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+OWN = "0.1"
+"""The share of empty captions that the default model was trained with."""
+SHARES = (OWN, "0.2", "0.5")
+W = ("0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1", "2", "3", "4")
+SHOWN = ("0", "1", "4")  # the w written beside the curves
+LITTLE = 0.5
+STEPS = 20
+SCORE = "inception-style score"
+PROCESS = {
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+}
+"""What of the default model's scheduler the training is of."""
+WEIGHTS = (DEFAULT_MODEL / "unet", DEFAULT_MODEL / "vae", DEFAULT_MODEL / "text_encoder")
+
+
+def model(share: str, setup: Setup) -> TextToImagePipeline:
+    """The default model, or what it becomes when it goes on training with another share of empty captions."""
+    if share == OWN:
+        return default_model()
+    folder = setup.out / f"guidance-{share}-{setup.training_steps}steps-from-{fingerprint(*WEIGHTS)}"
+    own = default_model().model
+    network, process = own.unet.config.model_dump(mode="json"), own.scheduler.model_dump(mode="json", include=PROCESS)
+    settings = {
+        **{f"model.{name}": value for name, value in network.items()},
+        **{f"scheduler.{name}": value for name, value in process.items()},
+        "init": str(DEFAULT_MODEL),
+        "autoencoder": str(DEFAULT_MODEL),
+        "text_encoder": str(DEFAULT_MODEL),
+        "train_text_encoder": False,
+        "objective.caption_dropout": float(share),
+        "loop.learning_rate": 2e-4,
+        "settings.steps": STEPS,
+    }
+    return TextToImagePipeline.from_pretrained(
+        trained(folder, "picturebook_unet", UNITS, setup.training_steps, settings)
+    )
+
+
+def measure(cell: Cell, setup: Setup) -> dict[str, float]:
+    w, share = cell
+    pipe = model(share, setup)
+    captions = real_pictures(setup.pictures, UNITS, REAL).captions
+    images = render(pipe, captions, sample_ddim, pipe.schedule.timesteps(STEPS, "trailing"), scale=float(w) + 1)
+    return {"FID": fid(images), SCORE: inception_score(kind_logits(images))}
+
+
+def seconds(cells: Sequence[Cell], setup: Setup) -> float:
+    rendering = sum(setup.pictures * STEPS * (1 if w == "0" else 2) for w, _ in cells)
+    models = {share for _, share in cells} - {OWN}
+    return (rendering + len(models) * setup.training_steps * BATCH * PASSES_OF_A_STEP) * seconds_a_pass(default_model())
+
+
+def panel(axes: "Axes", results: Results) -> None:
+    """FID over the score, a curve for each share, along which w rises."""
+    at = {share: {w: figures for (w, column), figures in results.items() if column == share} for share in SHARES}
+    curves(
+        axes,
+        {
+            f"p_uncond {share}": [(figures[SCORE], figures["FID"]) for figures in each.values()]
+            for share, each in at.items()
+        },
+    )
+    for w, figures in at[OWN].items():
+        if w in SHOWN:
+            axes.annotate(f"w={w}", (figures[SCORE], figures["FID"]), textcoords="offset points", xytext=(5, 4))
+    axes.set(xlabel=SCORE, ylabel="FID")
+
+
+def _best_w(results: Results, share: str) -> float:
+    along(results, "FID", column=share)
+    return min((figures["FID"], float(w)) for (w, column), figures in results.items() if column == share)[1]
+
+
+def _largest(results: Results) -> str:
+    return max((w for w, _ in results), key=float)
+
+
+def _shares(results: Results) -> list[str]:
+    """Those that were measured at two w or more. Raises KeyError if none was."""
+    counts = [column for _, column in results]
+    if found := [share for share in SHARES if counts.count(share) >= 2]:
+        return found
+    raise KeyError(SHARES)
+
+
+def _half_is_worst(results: Results) -> bool:
+    values = [[results[w, share][SCORE] for share in SHARES] for w in dict.fromkeys(w for w, _ in results)]
+    if not values:
+        raise KeyError(SCORE)
+    return all(half < min(others) for *others, half in values)
+
+
+def _imagenet() -> Results:
+    """FID and inception score of each w, each at the three shares."""
+    rows = """1.8 1.8 2.21 53.71 52.9 47.61
+              1.55 1.62 1.91 66.11 64.58 56.1
+              2.04 2.1 2.08 78.91 76.99 65.6
+              3.03 2.93 2.65 92.8 88.64 74.92
+              4.3 4 3.44 106.2 101.11 84.27
+              5.74 5.19 4.34 119.3 112.15 92.95
+              7.19 6.48 5.27 131.1 122.13 102
+              8.62 7.73 6.23 141.8 131.6 109.8
+              10.08 8.9 7.25 151.6 140.82 116.9
+              11.41 10.09 8.21 161 150.26 124.6
+              12.6 11.21 9.13 170.1 158.29 131.1
+              21.03 18.79 16.16 225.5 212.98 183
+              24.83 22.36 19.75 250.4 237.65 208.9
+              26.22 23.84 21.48 260.2 248.97 225.1""".splitlines()
+    numbers = [[float(number) for number in row.split()] for row in rows]
+    return {
+        (w, share): {"FID": row[place], SCORE: row[place + 3]}
+        for w, row in zip(W, numbers, strict=True)
+        for place, share in enumerate(SHARES)
+    }
+
+
+TABLE = Table(
+    title="FID against an inception-style score over guidance, default model",
+    rows="w",
+    columns="p_uncond",
+    metrics=("FID", SCORE),
+    cells=tuple(product(W, SHARES)),
+    papers=(
+        Paper(
+            "ImageNet 64x64",
+            "Ho and Salimans 2022, table 1",
+            _imagenet(),
+            "another world, classes for captions, models trained from nothing at each p_uncond, Inception's features "
+            "and 1000 classes where ours are the judge's kinds of things, and 50,000 pictures where ours are N",
+        ),
+    ),
+    claims=(
+        Claim(
+            "the score rises with w",
+            lambda r: all(rises(along(r, SCORE, column=share)) for share in _shares(r)),
+        ),
+        Claim(
+            "FID is lowest at a little guidance, w of 0.1 to 0.5",
+            lambda r: all(0 < _best_w(r, share) <= LITTLE for share in _shares(r)),
+        ),
+        Claim(
+            "much guidance costs FID: more at the largest w than at 0",
+            lambda r: all(r[_largest(r), share]["FID"] > r["0", share]["FID"] for share in _shares(r)),
+        ),
+        Claim("p_uncond 0.5 has the lowest score at every w", _half_is_worst),
+    ),
+    panels=(panel,),
+    measure=measure,
+    seconds=seconds,
+    size=UNITS,
+    pictures=500,
+    training_steps=500,
+    notes=(
+        f"The {SCORE} is exp(mean KL(p(y|x) || p(y))), where y is the judge's kind of the thing that it is surest of; "
+        "in the paper it is the inception score.",
+        SAME_CAPTIONS,
+        f"p_uncond {OWN} is the default model as it is; the others are the default model after that much more training "
+        "with their share of empty captions, so they also know that much more. "
+        f"w is guidance - 1; sampling takes {STEPS} steps of DDIM.",
+    ),
+    weights=WEIGHTS,
+)

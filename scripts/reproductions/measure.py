@@ -1,0 +1,99 @@
+"""Real pictures, and what the judge makes of any: FID in its features, and an inception-style score of its kinds."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from judge import Judge, load_judge
+from picturebook import UNITS, picture
+from torch import Tensor, nn
+
+from ldm.pictures import as_tensor
+
+REAL, *OTHERS = range(101, 106)  # seeds of worlds that nothing is trained on
+AT_ONCE = 100
+
+
+@dataclass(frozen=True)
+class RealPictures:
+    captions: tuple[str, ...]
+    images: Tensor
+    """[N,3,size,size] in [-1,1]."""
+
+
+@cache
+def real_pictures(count: int, size: int, seed: int) -> RealPictures:
+    """The first `count` pictures of the picturebook's `seed`, split train."""
+    drawn = [picture(index, seed=seed, size=size) for index in range(count)]
+    images = torch.stack([as_tensor(image) for _, image in drawn])
+    return RealPictures(tuple(scene.text for scene, _ in drawn), images)
+
+
+_judge = cache(load_judge)
+
+
+def _for_judge(images: Tensor) -> Tensor:
+    """Of the judge's size: other sizes are area-averaged, as by `Judge.read`."""
+    return images if images.shape[-1] == UNITS else F.interpolate(images, (UNITS, UNITS), mode="area")
+
+
+@torch.inference_mode()
+def features(images: Tensor) -> Tensor:
+    """The judge's features [N,D] of images [N,3,H,W] in [-1,1]."""
+    judge: Judge = _judge()
+    return torch.cat([judge.features(_for_judge(some)) for some in images.split(AT_ONCE)])
+
+
+@torch.inference_mode()
+def kind_logits(images: Tensor) -> Tensor:
+    """The judge's logits [N,K] of the kind of thing in the cell where it is surest of a thing's centre."""
+    judge: Judge = _judge()
+    logits = []
+    for some in images.split(AT_ONCE):
+        center, kind, *_ = judge(_for_judge(some))
+        cell = center.flatten(1).argmax(1)
+        logits.append(kind.flatten(2)[torch.arange(len(some)), :, cell])
+    return torch.cat(logits)
+
+
+class _Given(nn.Identity):
+    """Features that were made before, as torchmetrics wants a feature network."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+
+def frechet(real: Tensor, other: Tensor) -> float:
+    """Frechet distance (Heusel et al. 2017) of two sets of features, each [N,D] with N at least 2."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
+    metric.update(real.double(), real=True)
+    metric.update(other.double(), real=False)
+    return float(metric.compute())
+
+
+def inception_score(logits: Tensor) -> float:
+    """exp(mean of KL(p(y|x) || p(y))) of logits [N,K] (Salimans et al. 2016), from 1 to K; all N are one split."""
+    log_p = logits.double().log_softmax(1)
+    marginal = log_p.exp().mean(0).log()
+    return float((log_p.exp() * (log_p - marginal)).sum(1).mean().exp())
+
+
+def fid(images: Tensor) -> float:
+    """FID of images [N,3,size,size] against as many real ones of their size."""
+    return frechet(real_features(len(images), images.shape[-1], REAL), features(images))
+
+
+@cache
+def real_features(count: int, size: int, seed: int) -> Tensor:
+    return features(real_pictures(count, size, seed).images)
+
+
+def real_against_real(count: int, size: int) -> tuple[float, float]:
+    """FID of `count` real pictures against as many others: its mean and standard deviation over sets of others."""
+    real = real_features(count, size, REAL)
+    distances = torch.tensor([frechet(real, real_features(count, size, seed)) for seed in OTHERS])
+    return distances.mean().item(), distances.std().item()
