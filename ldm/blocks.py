@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.layers import Downsample, SpatialTransformer, Upsample, zeroed
+from ldm.layers import Context, Conv3x3, Downsample, SpatialTransformer, Upsample, silu, zeroed
 
 BlockType = Literal["residual", "convnext", "channel_attention"]
 
@@ -38,10 +38,10 @@ class ResidualBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.time_emb_proj = nn.Linear(features, 2 * out_channels if scale_shift else out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
-        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zeroed(Conv3x3(out_channels, out_channels))
         self.conv_shortcut = shortcut(in_channels, out_channels)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -50,8 +50,8 @@ class ResidualBlock(nn.Module):
 
     def branch(self, x: Tensor, emb: Tensor) -> Tensor:
         """What the block adds to x."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        out: Tensor = self.conv2(F.silu(adaptive_norm(self.norm2, h, self.time_emb_proj(emb))))
+        h = self.conv1(silu(self.norm1(x)))
+        out: Tensor = self.conv2(silu(adaptive_norm(self.norm2, h, self.time_emb_proj(emb))))
         return out
 
 
@@ -141,7 +141,7 @@ class DownBlock(nn.Module):
         self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
         self.downsamplers = nn.ModuleList([] if down is None else [down])
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, emb: Tensor, context: Context) -> list[Tensor]:
         skips = []
         for index, resnet in enumerate(self.resnets):
             x = resnet(x, emb)
@@ -158,7 +158,7 @@ class MidBlock(nn.Module):
         super().__init__()
         self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context) -> Tensor:
         x = self.attentions[0](self.resnets[0](x, emb), context)
         out: Tensor = self.resnets[1](x, emb)
         return out
@@ -172,7 +172,7 @@ class UpBlock(nn.Module):
         self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
         self.upsamplers = nn.ModuleList([] if up is None else [up])
 
-    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, context: Context) -> Tensor:
         for index, resnet in enumerate(self.resnets):
             x = resnet(torch.cat((x, skips.pop()), dim=1), emb)
             if self.attentions:

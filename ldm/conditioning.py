@@ -7,6 +7,9 @@ latents, such as guidance's two halves, each part is told the same.
 import torch
 from torch import Tensor, nn
 
+from ldm.denoiser import read
+from ldm.layers import Context
+
 
 class Labelled(nn.Module):
     """A network with classes at fixed `class_labels` [B, ...], which it takes as its fourth argument.
@@ -18,7 +21,10 @@ class Labelled(nn.Module):
         super().__init__()
         self.network, self.class_labels = network, class_labels
 
-    def forward(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def read(self, context: Tensor) -> Context:
+        return read(self.network, context)
+
+    def forward(self, latents: Tensor, t: Tensor, context: Context) -> Tensor:
         """Raises ValueError for a batch of latents that is no multiple of the labels'."""
         out: Tensor = self.network(latents, t, context, _repeated(self.class_labels, latents))
         return out
@@ -35,7 +41,10 @@ class Concatenated(nn.Module):
         super().__init__()
         self.network, self.extra = network, extra
 
-    def forward(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def read(self, context: Tensor) -> Context:
+        return read(self.network, context)
+
+    def forward(self, latents: Tensor, t: Tensor, context: Context) -> Tensor:
         """Raises ValueError for latents of another height or width, or a batch that is no multiple of `extra`'s."""
         if latents.shape[2:] != self.extra.shape[2:]:
             raise ValueError(

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm import prediction as predictions
+from ldm.layers import Context
 from ldm.prediction import Prediction
 from ldm.schedule import ForwardProcess
 
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t [B, ...], t [B], context [B, L, D]) -> output, like x_t."""
+Network = Callable[[Tensor, Tensor, Any], Tensor]
+"""(x_t [B, ...], t [B], context [B, L, D]) -> output, like x_t. If it has a method `read`, it takes `read(context)` in
+the context's place too (`ldm.unet.UNet.read`)."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,17 @@ class ConditionalDenoiser:
     def __post_init__(self) -> None:
         predictions.check(self.prediction, self.schedule.zero_terminal_snr)
 
-    def __call__(self, x_t: Tensor, t: Tensor, context: Tensor) -> Estimate:
+    def read(self, context: Tensor) -> Context:
+        """What stands for context [B, L, D] in any number of calls, as long as the network stays as it is."""
+        like = _first_parameter(self.network)
+        return read(self.network, context if like is None else context.to(like))
+
+    def __call__(self, x_t: Tensor, t: Tensor, context: Context) -> Estimate:
         """Run the network, in its own dtype and on its own device.
 
-        x_t is [B, C, ...], t [B] or 0-d, context [B, L, D]. The estimate is float32, or x_t's wider dtype, on x_t's
-        device. Where the network has twice the channels of x_t, the second half is a learned variance and passed on as
-        `v`.
+        x_t is [B, C, ...], t [B] or 0-d, context [B, L, D], or what `read` made of it. The estimate is float32, or
+        x_t's wider dtype, on x_t's device. Where the network has twice the channels of x_t, the second half is a
+        learned variance and passed on as `v`.
 
         Raises:
             ValueError: t out of the schedule's range, or shapes of t, context or output that do not fit x_t's.
@@ -58,7 +66,9 @@ class ConditionalDenoiser:
         like = _first_parameter(self.network)
         if like is None:
             like = x_t
-        output = self.network(x_t.to(like), t.to(like.device).expand(len(x_t)), context.to(like)).to(x_t.device)
+        if isinstance(context, Tensor):
+            context = context.to(like)
+        output = self.network(x_t.to(like), t.to(like.device).expand(len(x_t)), context).to(x_t.device)
         v = None
         if output.shape == (len(x_t), 2 * x_t.shape[1], *x_t.shape[2:]):
             output, v = output.chunk(2, dim=1)
@@ -96,6 +106,15 @@ def make_denoiser(network: Network, schedule: ForwardProcess, prediction: Predic
         ValueError: unknown prediction, or one of eps or the score under zero terminal SNR.
     """
     return ConditionalDenoiser(network, schedule, prediction)
+
+
+def read(reader: object, context: Tensor) -> Context:
+    """What a network or a denoiser makes of context [B, L, D] by itself, once for many calls; if it can `read`, that
+    is, else the context as it is.
+    """
+    method = getattr(reader, "read", None)
+    reading: Context = context if method is None else method(context)
+    return reading
 
 
 def in_turn(denoisers: Sequence[Denoiser], sizes: list[int]) -> Denoiser:

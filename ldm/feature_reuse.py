@@ -4,13 +4,11 @@ An approximation that changes the picture. What the deep layers say changes slow
 only the first and the last layer run, on what the deep ones said last.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ldm.blocks import UpBlock
+from ldm.layers import Context, silu
 from ldm.unet import UNet
 
 
@@ -35,7 +33,10 @@ class FeatureReuse(nn.Module):
         """Calls since the deep features were computed, that one included."""
         self.deep: Tensor | None = None
 
-    def forward(self, latents: Tensor, t: Tensor, context: Any) -> Tensor:
+    def read(self, context: Tensor) -> Context:
+        return self.unet.read(context)
+
+    def forward(self, latents: Tensor, t: Tensor, context: Context) -> Tensor:
         if self.deep is None or self.since == self.every or len(self.deep) != len(latents):
             self.since = 1
             return self._whole(latents, t, context)
@@ -48,7 +49,7 @@ class FeatureReuse(nn.Module):
         assert isinstance(block, UpBlock)
         return block
 
-    def _whole(self, latents: Tensor, t: Tensor, context: Any) -> Tensor:
+    def _whole(self, latents: Tensor, t: Tensor, context: Context) -> Tensor:
         skip, last = self.unet.config.block_out_channels[0], self._last
 
         def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -61,11 +62,11 @@ class FeatureReuse(nn.Module):
             hook.remove()
         return out
 
-    def _shallow(self, latents: Tensor, t: Tensor, context: Any, deep: Tensor) -> Tensor:
+    def _shallow(self, latents: Tensor, t: Tensor, context: Context, deep: Tensor) -> Tensor:
         unet, last = self.unet, self._last
         x = torch.cat((deep, unet.conv_in(latents)), dim=1)
         x = last.resnets[-1](x, unet._embed(t.to(latents.device).expand(len(latents)), None))
         if last.attentions:
             x = last.attentions[-1](x, context)
-        out: Tensor = unet.conv_out(F.silu(unet.conv_norm_out(x)))
+        out: Tensor = unet.conv_out(silu(unet.conv_norm_out(x)))
         return out

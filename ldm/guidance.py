@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ldm.denoiser import ConditionalDenoiser, Denoiser, Estimate
+from ldm.denoiser import ConditionalDenoiser, Denoiser, Estimate, read
 from ldm.schedule import ForwardProcess
 
 LogProb = Callable[[Tensor, Tensor], Tensor]
@@ -34,7 +34,8 @@ def classifier_free(
     The paper's (1 + w) eps(c) - w eps() is eps() + scale (eps(c) - eps()) with w = `scale` - 1. x0 is affine in every
     kind of output, so extrapolating x0 is extrapolating the output. Both halves go through the network as one batch of
     2B, unconditional first; at scale 1 the conditional half goes alone, and at scale 0 the unconditional one,
-    unless it is to be rescaled.
+    unless it is to be rescaled. The contexts are read here, once for all evaluations: once the network's weights
+    change, make a new denoiser.
 
     Args:
         cond, uncond: contexts [B, L, D]; `uncond` is the empty prompt's, or a negative prompt's, to lead away from it.
@@ -50,9 +51,9 @@ def classifier_free(
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale is {rescale}, but must be from 0 to 1")
     if scale == 1 or scale == rescale == 0:
-        alone = cond if scale == 1 else uncond
+        alone = read(denoise, cond if scale == 1 else uncond)
         return lambda x_t, t: denoise(x_t, t, alone)
-    context = torch.cat([uncond, cond])
+    context = read(denoise, torch.cat([uncond, cond]))
 
     def guided(x_t: Tensor, t: Tensor) -> Estimate:
         both = denoise(torch.cat([x_t, x_t]), t.expand(len(x_t)).repeat(2), context)

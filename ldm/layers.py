@@ -6,6 +6,8 @@ identity along its residual stream.
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -20,6 +22,11 @@ def zeroed(module: AnyModule) -> AnyModule:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of an x that nothing else reads, in x's own memory unless a gradient will need it."""
+    return F.silu(x, inplace=not x.requires_grad)
 
 
 def sinusoidal_embedding(t: Tensor, width: int, *, cosine_first: bool = True, shift: float = 0.0) -> Tensor:
@@ -49,7 +56,7 @@ class TimeEmbedding(nn.Module):
         # bfloat16 cannot tell t = 999 from t = 1000: the sines are taken in float32 whatever the weights are.
         t = t.to(torch.promote_types(dtype, torch.float32))
         waves = sinusoidal_embedding(t, self.width, cosine_first=self.cosine_first, shift=self.shift)
-        out: Tensor = self.linear_2(F.silu(self.linear_1(waves.to(dtype))))
+        out: Tensor = self.linear_2(silu(self.linear_1(waves.to(dtype))))
         return out
 
 
@@ -67,6 +74,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a network makes of a context [B,L,D] by itself, so that it need not be made again at every time: of each
+    attention to it the keys and values, [B,H,L,d] both. `ldm.unet.UNet.read` makes one, of the weights of that moment.
+    """
+
+    of: Mapping["Attention", tuple[Tensor, Tensor]]
+
+    def __len__(self) -> int:
+        """B."""
+        return len(next(iter(self.of.values()))[0])
+
+
+Context = Tensor | Reading
+
+
 class Attention(nn.Module):
     """Multi-head attention from x [B,N,C] to context [B,L,D], or to x itself (arXiv 1706.03762, equation 1)."""
 
@@ -79,15 +102,19 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(source, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        source = x if context is None else context
-        q, k, v = (
-            tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for tokens in (self.to_q(x), self.to_k(source), self.to_v(source))
-        )
-        mixed = attend(q, k, v)
+    def read(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of what is attended to: [B,L,D] -> [B,H,L,d] twice."""
+        return self._heads(self.to_k(source)), self._heads(self.to_v(source))
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        k, v = context.of[self] if isinstance(context, Reading) else self.read(x if context is None else context)
+        mixed = attend(self._heads(self.to_q(x)), k, v)
         out: Tensor = self.to_out[0](mixed.transpose(1, 2).flatten(2))
         return out
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        """[B,N,C] -> [B,H,N,d]."""
+        return tokens.view(*tokens.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class GEGLU(nn.Module):
@@ -128,7 +155,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         out: Tensor = x + self.ff(self.norm3(x))
@@ -160,7 +187,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim)])
         self.proj_out = zeroed(projection(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         # In channels_last memory the tokens are a view of the feature map, and so is the way back.
         tokens = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)
         tokens = self.proj_in(tokens)
@@ -171,12 +198,37 @@ class SpatialTransformer(nn.Module):
         return out
 
 
+RARE = 8  # times fewer positions than output channels: then a kernel is read more than it is used
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution that keeps height and width, or halves them, rounding up, with a stride of 2.
+
+    On a CPU every convolution first reorders its kernel. Where there are few positions that takes as long as the rest,
+    and a product of matrices, which reads the kernel as it lies in channels_last memory, is the faster one.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, 3, stride, padding=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        batch, _, height, width = input.shape
+        stride = self.stride[0]
+        shape = batch, -(-height // stride), -(-width // stride)
+        if input.requires_grad or input.device.type != "cpu" or RARE * math.prod(shape) > self.out_channels:
+            return super().forward(input)
+        padded = F.pad(input.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        windows = padded.unfold(1, 3, stride).unfold(2, 3, stride).permute(0, 1, 2, 4, 5, 3)
+        out = F.linear(windows.reshape(*shape, -1), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+        return out.permute(0, 3, 1, 2)
+
+
 class Downsample(nn.Module):
     """Halve height and width, rounding up, by a strided convolution: [B,C,h,w] -> [B,C,ceil(h/2),ceil(w/2)]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = Conv3x3(channels, channels, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(x)
@@ -191,7 +243,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         out: Tensor = self.conv(F.interpolate(x, size=size, mode="nearest"))

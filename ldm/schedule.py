@@ -157,9 +157,8 @@ class NoiseSchedule(ForwardProcess):
         self.last = len(alphas_cumprod) - 1.0
         # One leading entry for the clean end, so that time t is row t + 1.
         alpha_squared = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod])
-        self._alphas = alpha_squared.sqrt()
-        self._sigmas = (1 - alpha_squared).sqrt()
-        self._log_snr = alpha_squared.log() - (-alpha_squared).log1p()
+        log_snr = alpha_squared.log() - (-alpha_squared).log1p()
+        self._tables = {torch.device("cpu"): torch.stack([alpha_squared.sqrt(), (1 - alpha_squared).sqrt(), log_snr])}
 
     @property
     def steps(self) -> int:
@@ -180,7 +179,8 @@ class NoiseSchedule(ForwardProcess):
         self._check_range(t)
         position = t.to(torch.float64) + 1
         lower = position.floor().long()
-        alpha, sigma = self._alphas.to(t.device)[lower], self._sigmas.to(t.device)[lower]
+        alphas, sigmas, _ = self._tables_on(t.device)
+        alpha, sigma = alphas[lower], sigmas[lower]
         if not t.is_floating_point():
             return alpha, sigma
         log_snr = self._interpolated_log_snr(position, lower)
@@ -201,9 +201,8 @@ class NoiseSchedule(ForwardProcess):
         self._check_range(t)
         position = t.to(torch.float64) + 1
         lower = position.floor().long()
-        return torch.where(
-            position == lower, self._log_snr.to(t.device)[lower], self._interpolated_log_snr(position, lower)
-        )
+        *_, log_snr = self._tables_on(t.device)
+        return torch.where(position == lower, log_snr[lower], self._interpolated_log_snr(position, lower))
 
     def time_at(self, log_snr: Tensor) -> Tensor:
         """The times in [-1, T - 1] at which the log-SNR is `log_snr`, the inverse of `log_snr()`.
@@ -211,7 +210,7 @@ class NoiseSchedule(ForwardProcess):
         Raises:
             ValueError: log-SNR below that of T - 1 (on the CPU).
         """
-        table = self._log_snr.to(log_snr.device)
+        *_, table = self._tables_on(log_snr.device)
         wanted = log_snr.to(torch.float64)
         if wanted.device.type == "cpu" and wanted.numel() > 0 and not wanted.min() >= table[-1]:
             raise ValueError(f"log-SNR {wanted.min().item():g} is below this schedule's last, {table[-1].item():g}")
@@ -224,6 +223,14 @@ class NoiseSchedule(ForwardProcess):
         weight = torch.where(start.isinf(), next_to_clean, torch.where(end.isinf(), next_to_noise, inside))
         return lower + weight - 1
 
+    def _tables_on(self, device: torch.device) -> Tensor:
+        """alpha, sigma and log-SNR at -1 ... T - 1: [3, T + 1]. They are copied to an accelerator once: at every copy
+        its host waits.
+        """
+        if device not in self._tables:
+            self._tables[device] = self._tables[torch.device("cpu")].to(device)
+        return self._tables[device]
+
     def _check_range(self, t: Tensor) -> None:
         if t.device.type == "cpu" and t.numel() > 0 and not (t.min() >= -1 and t.max() <= self.steps - 1):
             raise ValueError(
@@ -232,7 +239,7 @@ class NoiseSchedule(ForwardProcess):
             )
 
     def _interpolated_log_snr(self, position: Tensor, lower: Tensor) -> Tensor:
-        table = self._log_snr.to(position.device)
+        *_, table = self._tables_on(position.device)
         start, end = table[lower], table[position.ceil().long()]
         weight = position - lower
         inside = torch.lerp(start, end, weight)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.layers import SpatialTransformer, TransformerBlock
+from ldm.denoiser import read
+from ldm.layers import Context, SpatialTransformer, TransformerBlock
 from ldm.unet import UNet
 
-MOST = 0.75
+MOST_MERGED = 0.75
 """Share of tokens that can be merged: of each square of four one stays, for the others to be merged into."""
 Change = Callable[[Tensor], Tensor]
 
@@ -33,14 +34,17 @@ class TokenMerging(nn.Module):
 
     def __init__(self, network: nn.Module, unet: UNet, share: float) -> None:
         super().__init__()
-        if not 0 <= share <= MOST:
-            raise ValueError(f"the share of tokens to merge is {share}; give a number from 0 to {MOST}")
+        if not 0 <= share <= MOST_MERGED:
+            raise ValueError(f"the share of tokens to merge is {share}; give a number from 0 to {MOST_MERGED}")
         self.network, self.share = network, share
         level = unet.config.attends.index(True)
         parts = [*unet.down_blocks[level].modules(), *unet.up_blocks[-1 - level].modules()]
         self.transformers = [part for part in parts if isinstance(part, SpatialTransformer)]
 
-    def forward(self, latents: Tensor, t: Tensor, context: Any) -> Tensor:
+    def read(self, context: Tensor) -> Context:
+        return read(self.network, context)
+
+    def forward(self, latents: Tensor, t: Tensor, context: Context) -> Tensor:
         hooks = [hook for transformer in self.transformers for hook in _merge_in(transformer, self.share)]
         try:
             out: Tensor = self.network(latents, t, context)

@@ -7,10 +7,19 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ldm.blocks import BLOCKS, Block, BlockType, DownBlock, MidBlock, UpBlock
-from ldm.layers import Downsample, SpatialTransformer, TimeEmbedding, Upsample, zeroed
+from ldm.layers import (
+    Context,
+    Downsample,
+    Reading,
+    SpatialTransformer,
+    TimeEmbedding,
+    TransformerBlock,
+    Upsample,
+    silu,
+    zeroed,
+)
 
 Count = Annotated[int, Field(ge=1, le=65536)]
 DownType = Literal["CrossAttnDownBlock2D", "DownBlock2D"]
@@ -182,7 +191,15 @@ class UNet(nn.Module):
         """
         return cls(UNetConfig.model_validate(config))
 
-    def forward(self, latents: Tensor, t: Tensor, context: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def read(self, context: Tensor) -> Reading:
+        """What the network makes of context [B,L,D] by itself; `forward` takes it in the context's place.
+
+        It is out of date once the weights change.
+        """
+        blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
+        return Reading({block.attn2: block.attn2.read(context) for block in blocks})
+
+    def forward(self, latents: Tensor, t: Tensor, context: Context, class_labels: Tensor | None = None) -> Tensor:
         """Raises ValueError for class labels that are missing, or given to a network without classes."""
         emb = self._embed(t.to(latents.device).expand(len(latents)), class_labels)
         skips = [self.conv_in(latents)]
@@ -191,7 +208,7 @@ class UNet(nn.Module):
         x = self.mid_block(skips[-1], emb, context)
         for block in self.up_blocks:
             x = block(x, skips, emb, context)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(silu(self.conv_norm_out(x)))
         return out
 
     def _embed(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
@@ -200,7 +217,7 @@ class UNet(nn.Module):
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_labels are given, but the network has no classes: leave them out")
-            return F.silu(emb)
+            return silu(emb)
         if class_labels is None:
             raise ValueError("class_labels are missing, but the network has classes: give one for each of the latents")
-        return F.silu(emb + self.class_embedding(class_labels.to(emb.device)).to(emb.dtype))
+        return silu(emb + self.class_embedding(class_labels.to(emb.device)).to(emb.dtype))

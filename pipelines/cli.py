@@ -101,6 +101,16 @@ def render(
     tiled: Annotated[
         bool, typer.Option("--tiled", help="Decode in tiles, for large pictures in little memory.")
     ] = False,
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Guide at noise levels sigma / alpha between these two only; changes the picture."),
+    ] = None,
+    reuse: Annotated[
+        int, typer.Option(help="Steps for which the U-Net's deep features are kept; above 1 changes the picture.")
+    ] = 1,
+    merge_tokens: Annotated[
+        float, typer.Option(help="Share of tokens that self-attention merges; above 0 changes the picture.")
+    ] = 0.0,
     strict_tokens: Annotated[
         bool, typer.Option("--strict-tokens", help="Refuse a prompt that is too long, instead of cutting it.")
     ] = False,
@@ -109,6 +119,9 @@ def render(
     allow_pickle: AllowPickle = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps or xpu; by default the best.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the fastest.")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the networks: pays after minutes, for many pictures of one size.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a last line of JSON.")] = False,
 ) -> None:
     """Renders a prompt, or those of a file, and prints the path of each picture."""
@@ -122,7 +135,9 @@ def render(
     def load(device: "str | torch.device | None") -> "TextToImagePipeline":
         from pipelines.text_to_image import TextToImagePipeline
 
-        pipe = TextToImagePipeline.from_pretrained(model, device, dtype, prediction, ema, allow_pickle)
+        pipe = TextToImagePipeline.from_pretrained(
+            model, device, dtype, prediction, ema, allow_pickle, compile=compiled
+        )
         pipe.load_loras(loras)
         return pipe
 
@@ -140,6 +155,9 @@ def render(
             "syntax": syntax,
             "clip_skip": clip_skip,
             "tiled": tiled,
+            "guidance_interval": guidance_interval,
+            "reuse": reuse,
+            "merge_tokens": merge_tokens,
             "init": None if init is None else str(init),
             "mask": None if mask is None else str(mask),
             "strength": strength,
@@ -183,6 +201,9 @@ def render(
             prompt_syntax=syntax,
             clip_skip=clip_skip,
             tiled=tiled,
+            guidance_interval=guidance_interval,
+            reuse=reuse,
+            merge_tokens=merge_tokens,
             strict_tokens=strict_tokens,
         )
     record = write_pictures(pipe, out, paths, init, mask)

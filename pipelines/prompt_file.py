@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image
@@ -52,6 +52,9 @@ class Options(BaseModel, frozen=True, extra="forbid", strict=True):
     init: str | None = None
     mask: str | None = None
     strength: float | None = None
+    guidance_interval: Annotated[tuple[float, float], Field(strict=False)] | None = None
+    reuse: int = 1
+    merge_tokens: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,9 @@ def make_request(pipe: TextToImagePipeline, options: Options, init: InitImage | 
         syntax=options.syntax,
         clip_skip=options.clip_skip,
         tiled=options.tiled,
+        guidance_interval=options.guidance_interval,
+        reuse=options.reuse,
+        merge_tokens=options.merge_tokens,
     )
 
 

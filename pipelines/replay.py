@@ -58,6 +58,9 @@ class Record(BaseModel, frozen=True, extra="ignore"):
     syntax: Literal["plain", "weighted"] = "plain"
     clip_skip: int = 0
     tiled: bool = False
+    guidance_interval: tuple[Finite, Finite] | None = None
+    reuse: int = 1
+    merge_tokens: float = 0.0
     strength: float | None = None
     init: Source | None = None
     mask: Source | None = None
@@ -91,6 +94,9 @@ class Record(BaseModel, frozen=True, extra="ignore"):
             syntax=self.syntax,
             clip_skip=self.clip_skip,
             tiled=self.tiled,
+            guidance_interval=self.guidance_interval,
+            reuse=self.reuse,
+            merge_tokens=self.merge_tokens,
             strength=self.strength,
         )
 
@@ -126,6 +132,9 @@ def make_records(
         "syntax": request.syntax,
         "clip_skip": request.clip_skip,
         "tiled": request.tiled,
+        "guidance_interval": request.guidance_interval,
+        "reuse": request.reuse,
+        "merge_tokens": request.merge_tokens,
         "strength": request.strength,
         "init": None if init is None else Source(_digest(init), Path(init).name),
         "mask": None if mask is None else Source(_digest(mask), Path(mask).name),
@@ -177,6 +186,9 @@ def render(
         prompt_syntax="weighted" if request.syntax == "weighted" else "plain",
         clip_skip=request.clip_skip,
         tiled=request.tiled,
+        guidance_interval=request.guidance_interval,
+        reuse=request.reuse,
+        merge_tokens=request.merge_tokens,
     )
 
 

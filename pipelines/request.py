@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ldm.diffusers_scheduler import diffusers_sampler
 from ldm.samplers import SAMPLERS, Sampler
+from ldm.token_merging import MOST_MERGED
 
 DIFFUSERS = "diffusers:"
 """Before the name of a scheduler of diffusers that is used as a sampler."""
@@ -20,7 +21,8 @@ MAX_SEED = 2**63 - 1
 class Request:
     """A checked request; `prompts` and `negatives` have one entry per picture, `height` and `width` are pixels.
 
-    `strength` is the part of the steps that is made, with an image to start from; None without one.
+    `strength` is the part of the steps that is made, with an image to start from; None without one. The last three
+    are shortcuts that change the picture.
 
     Raises:
         ValueError: one line that names the argument, its value and what is allowed.
@@ -39,6 +41,9 @@ class Request:
     clip_skip: int = 0
     tiled: bool = False
     strength: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    reuse: int = 1
+    merge_tokens: float = 0.0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.guidance):
@@ -47,6 +52,14 @@ class Request:
         for name, value in (("eta", self.eta), ("guidance rescale", self.rescale), ("strength", strength)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; give a number from 0 to 1")
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if not (0 <= low < high and math.isfinite(high)):
+                raise ValueError(f"guidance interval is {low:g} to {high:g}; give two numbers, 0 <= low < high")
+        if self.reuse < 1:
+            raise ValueError(f"reuse is {self.reuse}; give a number of steps, at least 1")
+        if not 0 <= self.merge_tokens <= MOST_MERGED:
+            raise ValueError(f"merge tokens is {self.merge_tokens}; give a share from 0 to {MOST_MERGED}")
         find_sampler(self.sampler)
         if self.eta and not takes_eta(self.sampler):
             able = ", ".join(name for name in sorted(SAMPLERS) if takes_eta(name))
@@ -56,6 +69,11 @@ class Request:
     def first_step(self) -> int:
         """Index of the first step that is made: an image to start from stands for those before (as in diffusers)."""
         return 0 if self.strength is None else self.steps - int(self.steps * self.strength)
+
+    @property
+    def evaluates_alike(self) -> bool:
+        """Whether every evaluation of the network is the same computation, at another time."""
+        return self.guidance_interval is None and self.reuse == 1
 
     def check_steps(self, most: int) -> None:
         """Raises ValueError unless 1 <= steps <= `most`."""

@@ -8,20 +8,26 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from autoencoder.tiling import decode_tiled
-from ldm.conditioning import Concatenated
-from ldm.denoiser import in_turn, make_denoiser
-from ldm.guidance import classifier_free, keep_known
 from ldm.pictures import to_pil
 from ldm.samplers import StepInfo
+from pipelines.denoising import make_guided
 from pipelines.errors import notice
 from pipelines.image_to_image import ImageSource, InitImage, Start, open_init, start_from
 from pipelines.loading import Model, load_model, save_model
 from pipelines.lora import LoRA, apply_loras, read_lora
 from pipelines.request import MAX_SEED, Request, checked_negatives, checked_prompts, find_sampler, takes_eta
-from pipelines.runtime import pick_device, pick_dtype, prepare
+from pipelines.runtime import (
+    CudaGraph,
+    compile_in_place,
+    fit_threads_to_quota,
+    keep_freed_memory,
+    pick_device,
+    pick_dtype,
+    prepare,
+)
 from pipelines.settings import words_in
 from text_encoder import encode_prompts
 
@@ -48,7 +54,11 @@ class TextToImagePipeline:
     """Renders prompts with one model; `unet`, `autoencoder`, `text_encoder` and `schedule` are its parts."""
 
     def __init__(
-        self, model: Model, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+        self,
+        model: Model,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        compile: bool = False,
     ) -> None:
         """Readies the model's modules in place. Raises ValueError for a device or dtype that cannot be had."""
         self.device = pick_device(device)
@@ -59,6 +69,13 @@ class TextToImagePipeline:
         self.schedule = model.scheduler.make_schedule()
         for module in (self.unet, self.autoencoder, self.text_encoder):
             prepare(module, self.device, self.dtype)
+        if self.device.type == "cpu":
+            fit_threads_to_quota()
+            keep_freed_memory()
+        self.compiled = compile
+        if compile:
+            compile_in_place(self.unet, self.device)
+            compile_in_place(self.autoencoder.get_submodule("decoder"), self.device)
         self.loras: list[tuple[LoRA, float]] = []
         self._originals: dict[str, Tensor] = {}
 
@@ -71,16 +88,20 @@ class TextToImagePipeline:
         prediction: str | None = None,
         ema: bool = False,
         allow_pickle: bool = False,
+        compile: bool = False,
     ) -> "TextToImagePipeline":
         """Reads a Stable Diffusion folder, a single file or `hub:owner/name`; None is the embedded default.
 
-        `prediction`, `ema` and `allow_pickle` are those of `pipelines.loading.load_model`.
+        `prediction`, `ema` and `allow_pickle` are those of `pipelines.loading.load_model`. `compile` goes through
+        `torch.compile`, and on a GPU through a CUDA graph: the first picture of each size and batch takes minutes, but
+        torch keeps what it compiled, in the folder that the environment names in TORCHINDUCTOR_CACHE_DIR (by default
+        a temporary one), and the next process finds it there.
 
         Raises:
             ValueError: one line that names the file, device or dtype and what is wrong with it.
         """
         device = pick_device(device)  # before the weights are read, which may take long
-        return cls(load_model(source, prediction, ema, allow_pickle), device, pick_dtype(dtype, device))
+        return cls(load_model(source, prediction, ema, allow_pickle), device, pick_dtype(dtype, device), compile)
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Writes a Stable Diffusion folder that diffusers loads too; `dtype` None keeps the pipeline's own.
@@ -130,6 +151,9 @@ class TextToImagePipeline:
         clip_skip: int = 0,
         strict_tokens: bool = False,
         tiled: bool = False,
+        guidance_interval: tuple[float, float] | None = None,
+        reuse: int = 1,
+        merge_tokens: float = 0.0,
         output_type: Literal["pil", "pt", "latent"] = "pil",
     ) -> TextToImageOutput:
         """Renders each prompt `num_images_per_prompt` times; pictures come prompt by prompt, then copy by copy.
@@ -152,6 +176,10 @@ class TextToImagePipeline:
             prompt_syntax, clip_skip: what the text means; see `text_encoder.prompt`.
             strict_tokens: refuse a prompt that would be cut, instead of saying what was cut.
             tiled: decode in tiles of 64 latents, one picture at a time, for large pictures in little memory.
+            guidance_interval: noise levels sigma / alpha above the first and up to the second alone are guided, and the
+                others cost half (`ldm.guidance.interval`).
+            reuse: steps for which the U-Net's deep features are kept (`ldm.feature_reuse`); 1 is exact.
+            merge_tokens: share of the tokens that self-attention merges (`ldm.token_merging`); 0 is exact.
 
         Raises:
             ValueError: one line that names the argument and what is allowed, or says that the result is not finite.
@@ -175,6 +203,9 @@ class TextToImagePipeline:
             syntax=prompt_syntax,
             clip_skip=clip_skip,
             tiled=tiled,
+            guidance_interval=guidance_interval,
+            reuse=reuse,
+            merge_tokens=merge_tokens,
         )
         if self.inpaints and mask_image is None:
             raise ValueError("this is an inpainting model; give an image and a mask, white where to paint")
@@ -346,21 +377,10 @@ class TextToImagePipeline:
         generators: Generator | list[Generator],
         on_step: Callable[[StepInfo], None] | None,
     ) -> Tensor:
-        sizes = [len(cond) for cond, _ in contexts]
-        networks: Sequence[nn.Module] = [self.unet] * len(sizes)
-        if start.extra is not None:
-            networks = [Concatenated(self.unet, extra) for extra in torch.split(start.extra, sizes)]
-        denoisers = [make_denoiser(one, self.schedule, self.model.scheduler.prediction) for one in networks]
-        denoise = in_turn(
-            [
-                classifier_free(one, cond, uncond, scale=request.guidance, rescale=request.rescale)
-                for one, (cond, uncond) in zip(denoisers, contexts, strict=True)
-            ],
-            sizes,
-        )
-        if (known := start.known) is not None:
-            first = grid[0].item()
-            denoise = keep_known(denoise, known.latents, known.noise, known.mask, self.schedule, start=first)
+        prediction, first = self.model.scheduler.prediction, grid[0].item()
+        denoise = make_guided(self.unet, self.schedule, prediction, request, contexts, start, first)
+        if self.compiled and self.device.type == "cuda" and len(contexts) == 1 and request.evaluates_alike:
+            denoise = CudaGraph(denoise)  # of one part alone, since each graph has memory of its own
         options = {"eta": request.eta} if takes_eta(request.sampler) else {}
         sample = find_sampler(request.sampler)
         x = sample(
@@ -373,7 +393,7 @@ class TextToImagePipeline:
             **options,
         )
         # A grid that ends at time 0 (set_alpha_to_one: false) leaves a trace of noise also on what is known.
-        return x if known is None else torch.lerp(known.latents, x, known.mask)
+        return x if start.known is None else torch.lerp(start.known.latents, x, start.known.mask)
 
     @torch.no_grad()
     def _decode(self, latents: Tensor, tiled: bool) -> Tensor:

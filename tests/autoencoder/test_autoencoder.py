@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from autoencoder import Autoencoder, AutoencoderConfig
+from autoencoder.model import Upsample
 
 STABLE_DIFFUSION_1: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
@@ -77,6 +78,29 @@ def test_equals_diffusers(levels: int, attention: bool) -> None:
     assert not torch.allclose(sample, latents, atol=1e-3)
 
     torch.testing.assert_close(ours.decode(latents), theirs.decode(latents / 0.3).sample, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 4)], ids=str)
+@torch.no_grad()
+def test_doubling_a_pixel_adds_up_the_taps_that_meet_it(size: tuple[int, int]) -> None:
+    upsample = Upsample(6).to(torch.float64)
+    x = torch.randn(2, 6, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    doubled = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    out, expected = upsample(x), upsample.conv(doubled)
+    # the kernels are added up in float32, which bfloat16 and float32 weights allow
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(upsample.float()(x.float()), expected.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_reach_what_is_upsampled() -> None:
+    upsample = Upsample(6)
+    x = torch.randn(1, 6, 3, 2, requires_grad=True)
+    upsample(x).square().sum().backward()
+    assert x.grad is not None
+    assert upsample.conv.weight.grad.abs().min() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(upsample(x), upsample(x.detach()))
 
 
 @torch.no_grad()

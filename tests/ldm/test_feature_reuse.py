@@ -90,3 +90,11 @@ def test_another_batch_size_starts_anew() -> None:
 def test_less_than_one_step_is_refused() -> None:
     with pytest.raises(ValueError, match="reused for 0 steps; give at least 1"):
         FeatureReuse(random_unet(), 0)
+
+
+def test_a_context_is_read_once_for_whole_and_shallow_calls() -> None:
+    unet = random_unet()
+    reused, (latents, t, context) = FeatureReuse(unet, 2), inputs(1)
+    reading = reused.read(context)
+    assert torch.equal(reused(latents, t, reading), unet(latents, t, context))
+    assert torch.equal(reused(latents, t, reading), unet(latents, t, context))

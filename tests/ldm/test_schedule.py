@@ -461,3 +461,14 @@ def test_continuous_times_out_of_range_are_refused(t):
     for method in (VPSDE().at, VPSDE().log_snr):
         with pytest.raises(ValueError, match=r"must be from 0 \(clean\) to 1"):
             method(torch.tensor([0.5, t]))
+
+
+def test_the_tables_are_copied_to_an_accelerator_once(monkeypatch):
+    schedule, copies = NoiseSchedule("cosine"), []
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *to_what: copies.append(to_what) or to(self, *to_what))
+    for _ in range(3):
+        alpha, _ = schedule.at(torch.empty(2, dtype=torch.float64, device="meta"))
+        schedule.log_snr(torch.empty(2, dtype=torch.float64, device="meta"))
+        assert alpha.device.type == "meta"
+    assert [arguments for arguments in copies if isinstance(arguments[0], torch.device)] == [(torch.device("meta"),)]

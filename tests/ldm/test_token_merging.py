@@ -102,3 +102,9 @@ def test_impossible_shares_are_refused(share: float) -> None:
     unet = random_unet()
     with pytest.raises(ValueError, match="share of tokens to merge is"):
         TokenMerging(unet, unet, share)
+
+
+def test_a_context_is_read_once() -> None:
+    unet = random_unet()
+    merging, (latents, t, context) = TokenMerging(unet, unet, 0.5), inputs()
+    torch.testing.assert_close(merging(latents, t, merging.read(context)), merging(latents, t, context))

@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from ldm.layers import Conv3x3
 from ldm.unet import UNet, UNetConfig
 
 SMALL = {"norm_num_groups": 8, "cross_attention_dim": 20}
@@ -203,6 +204,25 @@ def test_tokens_are_a_view_of_channels_last_memory() -> None:
     transformer(x, torch.randn(2, 7, 20))
     assert seen["tokens"].shape == (2, 64, 16)
     assert seen["tokens"].data_ptr() == seen["normed"].data_ptr()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (4, 4)], ids=str)
+@torch.no_grad()
+def test_a_product_of_matrices_stands_for_a_convolution_of_few_positions(
+    size: tuple[int, int], stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv = Conv3x3(6, 256, stride).to(torch.float64)
+    x = torch.randn(2, 6, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = torch.nn.functional.conv2d(x, conv.weight, conv.bias, stride, padding=1)
+    with monkeypatch.context() as only:
+        only.setattr(torch.nn.Conv2d, "forward", lambda self, input: pytest.fail("it was convolved"))
+        out = conv(x)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    many = torch.randn(2, 6, 9, 9, dtype=torch.float64)
+    expected = torch.nn.functional.conv2d(many, conv.weight, conv.bias, stride, padding=1)
+    assert torch.equal(conv(many), expected)
 
 
 def test_pure_bfloat16_stays_near_float32_and_in_bfloat16() -> None:

@@ -257,6 +257,43 @@ def test_what_is_asked_for_matters(pipe: TextToImagePipeline) -> None:
     assert torch.equal(latents_of(pipe), first)
 
 
+def test_shortcuts_change_the_picture_and_save_evaluations(pipe: TextToImagePipeline) -> None:
+    batches: list[int] = []
+    deep: list[int] = []
+    hooks = [
+        pipe.unet.conv_in.register_forward_hook(lambda _, given, __: batches.append(len(given[0]))),
+        pipe.unet.mid_block.register_forward_hook(lambda *_: deep.append(1)),
+    ]
+    try:
+        exact = latents_of(pipe)
+        assert (batches, len(deep)) == ([2] * 4, 4)
+        for change, wanted, whole in (
+            ({"reuse": 2}, [2, 2, 2, 2], 2),
+            ({"reuse": 4}, [2, 2, 2, 2], 1),
+            ({"merge_tokens": 0.5}, [2, 2, 2, 2], 4),
+            ({"guidance_interval": (0.5, 4.0)}, [1, 2, 2, 1], 4),  # sigma / alpha of the steps: 4.1, 1.6, 0.7, 0.03
+            ({"guidance_interval": (0.0, 100.0)}, [2, 2, 2, 2], 4),
+        ):
+            batches.clear(), deep.clear()
+            far = (latents_of(pipe, **change) - exact).abs().max()
+            assert (batches, len(deep)) == (wanted, whole), change
+            assert (far == 0) if change == {"guidance_interval": (0.0, 100.0)} else (far > 1e-4), change
+        assert torch.equal(latents_of(pipe), exact)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_shortcuts_go_with_a_picture_to_start_from(pipe: TextToImagePipeline) -> None:
+    image, mask = Image.new("RGB", (64, 64), "red"), Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    shortcuts = {"reuse": 2, "merge_tokens": 0.25, "guidance_interval": (0.1, 10.0)}
+    given = {"image": image, "mask_image": mask, "num_inference_steps": 4}
+    plain, short = (latents_of(pipe, **given, **each) for each in ({}, shortcuts))
+    assert torch.allclose(plain[..., 5:], short[..., 5:], atol=1e-5)  # what is known stays
+    assert (plain - short).abs().max() > 1e-3
+
+
 def test_a_picture_in_tiles_is_nearly_the_same(pipe: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, small = (pipe(PROMPT, output_type="pt", tiled=tiled).images for tiled in (False, True))
     assert torch.equal(whole, small)  # it fits into one tile

@@ -108,7 +108,7 @@ def test_a_line_may_differ_in_all_that_the_command_can_say(pipe: TextToImagePipe
         {"prompt": "a house"},
         {"prompt": "a house", "seed": 3, "count": 2, "negative": "blue", "guidance": 2, "width": 72, "height": 56},
         {"prompt": "(a) house", "steps": 3, "sampler": "ddpm", "rescale": 0.5, "syntax": "weighted", "clip_skip": 1},
-        {"prompt": "a house", "eta": 0.5, "sampler": "ddim", "negative": None, "seed": None},
+        {"prompt": "a house", "eta": 0.5, "sampler": "ddim", "guidance_interval": [1, 2.5], "reuse": 2, "seed": None},
         {"prompt": "a house", "init": "init.png", "mask": "mask.png", "strength": 0.5},
         {"prompt": "a house", "init": "init.png"},
     ]
@@ -125,9 +125,11 @@ def test_a_line_may_differ_in_all_that_the_command_can_say(pipe: TextToImagePipe
     records = [Record.read(path) for path in sorted(Path("out").iterdir())]
     assert [record.negative for record in records] == ["ship", "blue", "blue", "ship", "ship", "ship", "ship"]
     default = {"steps": 2, "guidance": 7.5, "rescale": 0.0, "sampler": "ddim", "eta": 0.0, "width": 64, "height": 64}
-    default |= {"syntax": "plain", "clip_skip": 0, "strength": None}
+    default |= {"syntax": "plain", "clip_skip": 0, "strength": None, "guidance_interval": None, "reuse": 1}
     for record, line in zip(records, [lines[0], lines[1], *lines[1:]], strict=True):
         given = {name: line[name] for name in default.keys() & line.keys()}
+        if "guidance_interval" in given:
+            given["guidance_interval"] = (1, 2.5)
         if "init" in line:
             given |= {"width": 48, "height": 40, "strength": line.get("strength", 0.8)}
         assert {name: getattr(record, name) for name in default} == {**default, **given}

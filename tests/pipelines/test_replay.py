@@ -76,6 +76,7 @@ def test_the_record_tells_how_many_were_rendered_at_once(pipe: TextToImagePipeli
         {"sampler": "ddim", "eta": 0.5, "guidance_rescale": 0.7},
         {"prompt_syntax": "weighted", "clip_skip": 1, "prompt": "(a) house"},
         {"num_images_per_prompt": 3, "index": 2},
+        {"num_inference_steps": 4, "guidance_interval": (0.5, 4.0), "reuse": 2, "merge_tokens": 0.5},
         {"prompt": ["a house", "two fish", "a boat"], "index": 1},
     ],
 )
@@ -90,7 +91,7 @@ def test_a_replay_is_identical(pipe: TextToImagePipeline, model_folder: Path, op
 
 def test_a_record_of_an_earlier_version_is_understood(pipe: TextToImagePipeline, model_folder: Path) -> None:
     record = made(pipe, "x.png").model_dump()
-    for name in ("syntax", "clip_skip", "strength", "init", "mask", "loras", "batch", "prediction"):
+    for name in ("syntax", "clip_skip", "strength", "init", "mask", "loras", "batch", "prediction", "reuse"):
         del record[name]
     with Image.open("x.png") as picture:
         write_png(Path("x.png"), picture, {**record, "unknown": 1})

@@ -1,0 +1,126 @@
+"""How modules run: threads, compiled networks, CUDA graphs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm.denoiser import Denoiser, Estimate
+from pipelines import TextToImagePipeline, runtime
+from pipelines.runtime import CudaGraph
+
+
+@pytest.mark.parametrize(
+    ("quota", "threads"), [("150000 100000", 2), ("max 100000", 8), ("1200000 100000", 8), ("", 8)]
+)
+def test_a_quota_of_cpu_time_bounds_the_threads(
+    quota: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if quota:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    chosen = [8]
+    monkeypatch.setattr(runtime, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    runtime.fit_threads_to_quota()
+    assert chosen[-1] == threads
+
+
+def test_a_compiled_pipeline_renders_the_same(
+    model_folder: Path, pipe: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the backend that runs what was traced as it stands: whether all of it can be traced is what is at stake."""
+    compile_module, compiled = nn.Module.compile, []
+
+    def trace(module: nn.Module, **options: Any) -> None:
+        assert options == {"dynamic": False, "mode": "default"}
+        compiled.append(module)
+        compile_module(module, backend="eager", fullgraph=True, dynamic=False)
+
+    monkeypatch.setattr(nn.Module, "compile", trace)
+    ours = TextToImagePipeline.from_pretrained(model_folder, device="cpu", dtype="float32", compile=True)
+    assert compiled == [ours.unet, ours.autoencoder.decoder]
+    assert list(ours.unet.state_dict()) == list(pipe.unet.state_dict())
+    options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "pt"}
+    assert torch.equal(ours("a red house", **options).images, pipe("a red house", **options).images)
+
+
+def denoiser(seen: list[str]) -> Denoiser:
+    def denoise(x_t: Tensor, t: Tensor) -> Estimate:
+        seen.append(x_t.device.type)
+        return Estimate(x_t * t.to(x_t).reshape(-1, 1), x_t + 1)
+
+    return denoise
+
+
+def check_a_graph_is_its_denoiser(device: str) -> None:
+    seen: list[str] = []
+    graph = CudaGraph(denoiser(seen))
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for step in range(4):
+        x_t, t = torch.randn(2, 3, generator=generator).to(device), torch.tensor([step, 2.0 * step], device=device)
+        results.append((graph(x_t, t), denoiser([])(x_t, t)))
+    for result, expected in results:  # none has been overwritten by the next
+        assert torch.equal(result.x0, expected.x0)
+        assert result.v is not None
+        assert expected.v is not None
+        assert torch.equal(result.v, expected.v)
+    assert len(seen) == 2
+
+
+def test_a_graph_is_replayed_on_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, where a graph is the list of the operations that were run while it was recorded."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Record(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.operations: list[tuple[Any, Any, Any, Tensor]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            self.operations.append((func, args, kwargs or {}, out))
+            return out
+
+        def replay(self) -> None:
+            for func, args, kwargs, out in self.operations:
+                out.copy_(func(*args, **kwargs))
+
+    @contextmanager
+    def recording(graph: Record) -> Iterator[None]:
+        with graph:
+            yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Record)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    check_a_graph_is_its_denoiser("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_graph_is_its_denoiser() -> None:
+    check_a_graph_is_its_denoiser("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 1}, {"sampler": "dpm++"}, {"sampler": "ddpm"}], ids=str)
+def test_a_gpu_renders_what_the_cpu_does(
+    options: dict[str, Any], model_folder: Path, pipe: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = []
+    monkeypatch.setattr(
+        "pipelines.text_to_image.CudaGraph", lambda denoise: graphs.append(denoise) or CudaGraph(denoise)
+    )
+    ours = TextToImagePipeline.from_pretrained(model_folder, device="cuda", dtype="float32")
+    ask: dict[str, Any] = {"num_inference_steps": 5, "output_type": "latent", **options}
+    latents, expected = (each("a red house", **ask).images for each in (ours, pipe))
+    assert isinstance(latents, Tensor)
+    assert isinstance(expected, Tensor)
+    torch.testing.assert_close(latents.cpu(), expected, rtol=1e-3, atol=1e-3)
+    assert len(graphs) == 1
