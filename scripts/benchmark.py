@@ -6,6 +6,7 @@
     python scripts/benchmark.py startup --against diffusers
     python scripts/benchmark.py memory --against diffusers
     python scripts/benchmark.py growth [--against diffusers] [--plot growth.png]
+    python scripts/benchmark.py shortcuts [--pictures 200]     what changes the picture: time against caption accuracy
 
 Each also writes what it prints, the machine and the versions to `--json FILE`. diffusers runs twice: "default", as it
 comes (float32), and "tuned" by its documentation (our dtype, channels_last). A speed-up is the median of the ratios of
@@ -26,12 +27,14 @@ import torch
 from benchmarking import rivals, timing
 from benchmarking.comparison import Row, compare, machine, show, show_operators, versions
 from benchmarking.growth import measure_growth
+from benchmarking.shortcuts import measure_shortcuts, show_shortcuts
 from benchmarking.timing import MEGABYTE, refuse_difference, run_process, spread, table
 from benchmarking.training_step import training_step
 from benchmarking.workloads import PRESETS, Setup, Side, Sides, coding, guided_step, picture, write_model
 from PIL import Image
 from torch import Tensor
 
+from pipelines import TextToImagePipeline
 from pipelines.errors import one_line_errors
 from pipelines.runtime import pick_device, pick_dtype
 
@@ -181,9 +184,19 @@ def growth(args: argparse.Namespace, setup: Setup) -> list[Row]:
         )
 
 
+def shortcuts(args: argparse.Namespace, setup: Setup) -> list[Row]:
+    if args.preset != "default" or setup.against:
+        raise ValueError("shortcuts are judged on the default model alone; leave out --preset and --against")
+    rows = measure_shortcuts(
+        TextToImagePipeline.from_pretrained(None, setup.device, setup.dtype), args.pictures, args.pairs
+    )
+    show_shortcuts(rows)
+    return rows
+
+
 def make_setup(args: argparse.Namespace) -> Setup:
     """Raises ValueError for what cannot be measured."""
-    for name in ("size", "batch", "pairs", "steps", "threads"):
+    for name in ("size", "batch", "pairs", "steps", "threads", "pictures"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}; give at least 1")
@@ -241,6 +254,8 @@ def parser() -> argparse.ArgumentParser:
     growing.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     growing.add_argument("--step-counts", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     growing.add_argument("--plot", type=Path, help="PNG to draw")
+    about = "what the options that change a picture save and cost, on the default model"
+    add(shortcuts, about, shared).add_argument("--pictures", type=int, default=200, help="held-out captions to render")
     return found
 
 

@@ -14,7 +14,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from benchmarking import rivals, timing, workloads
+from benchmarking import rivals, shortcuts, timing, workloads
 from benchmarking.timing import (
     distance,
     interleave,
@@ -27,6 +27,8 @@ from benchmarking.timing import (
 )
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
+
+from pipelines import TextToImagePipeline
 
 Json = dict[str, Any]
 
@@ -368,3 +370,29 @@ def test_presets_name_real_models(name: str) -> None:
             assert sum(each.numel() for each in preset.make("unet").parameters()) == parameters[name]
             assert sum(each.numel() for each in preset.make("vae").parameters()) == 83_653_863
     assert preset.size == {"default": 64, "sd15": 512, "sd21": 768, "tiny": 32}[name]
+
+
+def test_shortcuts_are_judged_on_the_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: shortcuts.SHORTCUTS[name] for name in ("none", "guidance interval 0.28 to 2.9", "ddim, 5 steps")}
+    monkeypatch.setattr(shortcuts, "SHORTCUTS", few)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["benchmark.py", "shortcuts", "--pictures", "4", "--pairs", "1", "--json", str(tmp_path / "result.json")],
+    )
+    benchmark.main()
+    exact, limited, short = json.loads((tmp_path / "result.json").read_text())["results"]
+    assert [exact["evaluations"], short["evaluations"]] == [40, 10]
+    pipe = TextToImagePipeline.from_pretrained()
+    alpha, sigma = pipe.schedule.at(pipe.schedule.timesteps(20, "trailing")[:-1])
+    inside = ((sigma / alpha > 0.28) & (sigma / alpha <= 2.9)).sum().item()
+    assert limited["evaluations"] == 20 + inside
+    assert exact["psnr"] is None
+    assert limited["psnr"] > short["psnr"] > 5
+    assert {"kind", "color"} <= exact["per attribute"].keys()
+
+
+def test_shortcuts_of_other_models_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "default model alone" in refused(monkeypatch, tmp_path, capsys, "shortcuts")
