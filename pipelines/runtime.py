@@ -1,8 +1,6 @@
 """Where and how a module runs: device, dtype, memory layout, threads, compiled or as a CUDA graph."""
 
-import ctypes
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +9,6 @@ from torch import Tensor, nn
 
 from ldm.denoiser import Denoiser, Estimate
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # in malloc.h
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of CPU time, or max, in a period of so many
 DTYPES = {
     "float32": torch.float32,
@@ -84,18 +81,6 @@ def fit_threads_to_quota() -> None:
     quota, period = CPU_QUOTA.read_text().split() if CPU_QUOTA.is_file() else ("max", "")
     if quota != "max":
         torch.set_num_threads(min(torch.get_num_threads(), math.ceil(int(quota) / int(period))))
-
-
-def keep_freed_memory() -> None:
-    """Has the C library keep the memory of freed tensors for the next ones.
-
-    glibc would give large blocks back and take them anew, page by zeroed page, which lasts longer than most of what is
-    then done in them: four times as long as a group norm in the decoder.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 class CudaGraph:

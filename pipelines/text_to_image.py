@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from autoencoder.tiling import decode_tiled
+from ldm.memory import keep_freed_memory
 from ldm.pictures import to_pil
 from ldm.samplers import StepInfo
 from pipelines.denoising import make_guided
@@ -23,7 +24,6 @@ from pipelines.runtime import (
     CudaGraph,
     compile_in_place,
     fit_threads_to_quota,
-    keep_freed_memory,
     pick_device,
     pick_dtype,
     prepare,

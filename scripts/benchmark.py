@@ -86,15 +86,15 @@ def train(args: argparse.Namespace, setup: Setup) -> list[Row]:
         return measure(args, setup, {what: lambda: training_step(setup, Path(folder))})
 
 
-def commands(args: argparse.Namespace, setup: Setup, folder: Path, seed: int = 0) -> dict[str, list[str]]:
-    """What renders one picture in a process of its own, to `SIDE.png` in the folder, by side; the model is there.
+def commands(args: argparse.Namespace, setup: Setup, model: Path, folder: Path, seed: int = 0) -> dict[str, list[str]]:
+    """What renders one picture in a process of its own, to `SIDE.png` in the folder, by side.
 
     The last word on stdout is the number of bytes of an accelerator that it had at most.
     """
-    model, dtype = str(folder / "model"), str(setup.dtype).removeprefix("torch.")
+    dtype = str(setup.dtype).removeprefix("torch.")
     steps = str(args.steps or setup.preset.settings.steps)
     guidance, size, device = str(setup.preset.settings.guidance), str(setup.size), str(setup.device)
-    ours = [sys.executable, "-c", LDM, "render", PROMPT, "-o", str(folder / "ours.png"), "--model", model]
+    ours = [sys.executable, "-c", LDM, "render", PROMPT, "-o", str(folder / "ours.png"), "--model", str(model)]
     ours += ["--steps", steps, "--guidance", guidance, "--sampler", "ddim", "--width", size, "--height", size]
     found = {"ours": [*ours, "--seed", str(seed), "--device", device, "--dtype", dtype]}
     if setup.against:
@@ -102,7 +102,7 @@ def commands(args: argparse.Namespace, setup: Setup, folder: Path, seed: int = 0
         rivals.write_script(script)
         for name, *how in (("default", "float32", "contiguous"), ("tuned", dtype, "channels_last")):
             asked = [PROMPT, str(seed), size, steps, guidance, device, *how]
-            found[name] = [sys.executable, str(script), model, str(folder / f"{name}.png"), *asked]
+            found[name] = [sys.executable, str(script), str(model), str(folder / f"{name}.png"), *asked]
     return found
 
 
@@ -113,16 +113,16 @@ def read_picture(file: Path) -> Tensor:
 
 def prepare_processes(args: argparse.Namespace, setup: Setup, folder: Path) -> dict[str, list[str]]:
     """Writes the model, and returns the commands of all sides. Raises ValueError if their pictures differ."""
-    write_model(setup.preset, folder / "model")
+    model = write_model(setup.preset, folder / "model")
     exact = setup.dtype == torch.float32
     pictures: dict[str, list[Tensor]] = defaultdict(list)
     for seed in range((1 if exact else SEEDS) if setup.against else 0):
-        for side, command in commands(args, setup, folder, seed).items():
+        for side, command in commands(args, setup, model, folder, seed).items():
             run_process(command, ROOT, args.threads)
             pictures[side].append(read_picture(folder / f"{side}.png"))
     if pictures:
         refuse_difference(pictures, exact, LEVEL)
-    return commands(args, setup, folder)
+    return commands(args, setup, model, folder)
 
 
 def startup(args: argparse.Namespace, setup: Setup) -> list[Row]:

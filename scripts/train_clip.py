@@ -85,7 +85,8 @@ def save(out: Path, clip: nn.Module, config: dict[str, Any], seen: Tensor) -> No
     weights = {name: tensor.float().cpu().contiguous() for name, tensor in clip.state_dict().items()}
     (out / "clip").mkdir(parents=True, exist_ok=True)
     save_file(weights, out / "clip" / "open_clip_model.safetensors")
-    (out / "clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}, indent=2) + "\n")
+    described = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}  # pixels in [-1,1]
+    (out / "clip" / "open_clip_config.json").write_text(json.dumps(described, indent=2) + "\n")
     text = config["text_cfg"]
     tower = TextEncoder(
         TextEncoderConfig(

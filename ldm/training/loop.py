@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from ldm.memory import keep_freed_memory
 from ldm.training import checkpoint
 from ldm.training.data import Batch, CaptionedDataset, Share, micro_batches
 from ldm.training.muon import Muon, matrices
@@ -76,6 +77,8 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
         project_dir=config.out,
     )
     accelerator.init_trackers("logs")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     return accelerator
 
 
