@@ -98,7 +98,8 @@ def refuse_difference(outputs: Mapping[str, Sequence[Tensor]], exact: bool, tole
     measure, limit, over_all = (largest_difference, tolerance, np.max) if exact else (distance, FAR, np.median)
     far = {
         name: float(over_all([measure(*pair) for pair in zip(outputs[name], outputs["default"], strict=True)]))
-        for name in outputs.keys() - {"default"}
+        for name in outputs
+        if name != "default"
     }
     for name, off in far.items():
         if not off <= limit:  # so that NaN is refused

@@ -179,7 +179,7 @@ def test_working_memory_is_what_a_run_needs_at_most() -> None:
             torch.ones(size)
 
     run(60_000_000)  # an earlier peak must not count
-    assert working_memory(lambda: run(10_000_000, 5_000_000), torch.device("cpu")) == pytest.approx(40e6, rel=0.02)
+    assert working_memory(lambda: run(10_000_000, 5_000_000), torch.device("cpu")) == pytest.approx(40e6, rel=0.1)
 
 
 def test_a_process_is_watched() -> None:
