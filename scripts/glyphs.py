@@ -10,7 +10,6 @@ words. The fonts are those that ship with matplotlib.
 A tenth of the (letter, colour) pairs never occurs in the split `train`, and every picture of `heldout` has one of them.
 """
 
-import argparse
 import json
 import random
 import string
@@ -18,11 +17,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import world_command
 from picturebook_drawing import Rgb, mix
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from sheet import font
-
-from pipelines.errors import one_line_errors
 
 WORLD = "glyphs-1"  # part of every seed
 SUPERSAMPLING = 4
@@ -275,17 +273,7 @@ def write_folder(folder: Path, count: int, seed: int, split: str, size: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--count", type=int, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=64, help="pixels, width and height")
-    parser.add_argument("--split", choices=("train", "heldout"), default="train")
-    args = parser.parse_args()
-    with one_line_errors():
-        if args.count < 1 or args.size < 16:
-            raise ValueError(f"count is {args.count} and size {args.size}; give at least 1 and 16")
-        write_folder(args.out, args.count, args.seed, args.split, args.size)
+    world_command.run(__doc__ or "", write_folder)
 
 
 if __name__ == "__main__":

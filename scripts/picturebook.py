@@ -11,7 +11,6 @@ A tenth of the (colour, kind) pairs and a tenth of the (kind, relation, kind) tr
 every scene of `heldout` has at least one of them and is otherwise drawn from the same law.
 """
 
-import argparse
 import json
 import multiprocessing
 import random
@@ -20,10 +19,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import world_command
 from picturebook_drawing import BACKGROUNDS, COLORS, THINGS, UNITS, draw_picture
 from PIL import Image
-
-from pipelines.errors import one_line_errors
 
 WORLD = "picturebook-1"  # part of every seed: scores of different worlds are not comparable
 KINDS = tuple(THINGS)
@@ -247,17 +245,7 @@ def write_folder(folder: Path, count: int, seed: int, split: str, size: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--count", type=int, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=64, help="pixels, width and height")
-    parser.add_argument("--split", choices=("train", "heldout"), default="train")
-    args = parser.parse_args()
-    with one_line_errors():
-        if args.count < 1 or args.size < 16:
-            raise ValueError(f"count is {args.count} and size {args.size}; give at least 1 and 16")
-        write_folder(args.out, args.count, args.seed, args.split, args.size)
+    world_command.run(__doc__ or "", write_folder)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ class Objective:
         self.config, self.accelerator = config, accelerator
         self.schedule = config.scheduler.make_schedule()
         self.times = TimeSampler(self.schedule.steps)
+        self.probabilities = logit_normal(self.schedule) if config.objective.times == "logit_normal" else None
         self.seen: list[tuple[Tensor, Tensor]] = []
         """Times and losses of this step's micro-batches so far, over all processes."""
         accelerator.register_for_checkpointing(self.times)
@@ -145,8 +146,8 @@ class Objective:
 
     def _times(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Times [B] and the weights of their losses [B]."""
-        if self.config.objective.times == "logit_normal":
-            return draw(logit_normal(self.schedule), uniforms), torch.ones_like(uniforms)
+        if self.probabilities is not None:
+            return draw(self.probabilities, uniforms), torch.ones_like(uniforms)
         return self.times.sample(uniforms)
 
     def losses(self, model: Network, x0: Tensor, eps: Tensor, t: Tensor, text: Tensor) -> Tensor:

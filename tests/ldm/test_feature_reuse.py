@@ -2,29 +2,13 @@
 
 import pytest
 import torch
+from small_unet import CONFIG, random_unet
 from torch import Tensor
 
 from ldm.feature_reuse import FeatureReuse
-from ldm.unet import UNet, UNetConfig
+from ldm.unet import UNet
 
-CONFIG = UNetConfig(
-    block_out_channels=(16, 32),
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    layers_per_block=1,
-    attention_head_dim=2,
-    cross_attention_dim=8,
-    norm_num_groups=4,
-)
 PLAIN = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-
-
-def random_unet(config: UNetConfig = CONFIG) -> UNet:
-    torch.manual_seed(0)
-    unet = UNet(config).eval().requires_grad_(False)
-    for parameter in unet.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return unet
 
 
 def inputs(seed: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
