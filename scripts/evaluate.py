@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from evaluation import metrics
 from evaluation.caption_accuracy import Readings, accuracy, controls, read_all
+from evaluation.card import update_card
 from evaluation.exhibits import galleries
 from evaluation.feature_networks import HOW, FeatureNetwork, open_network
 from evaluation.likelihood import bound_in_words
@@ -136,10 +137,12 @@ def write_sheets(file: Path, real: RealPictures, found: Measurements) -> None:
 
 
 def record(pipe: TextToImagePipeline, result: dict[str, Any]) -> None:
-    """Write a result into the `scores` of the model's `ldm.json`."""
-    assert pipe.model.folder is not None
+    """Write a result into the `scores` of the model's `ldm.json`, and into its card if that has a place for it."""
+    folder = pipe.model.folder
+    assert folder is not None
     settings = pipe.settings.model_copy(update={"scores": result})
-    write_json(pipe.model.folder / "ldm.json", settings.model_dump(mode="json", exclude_none=True))
+    write_json(folder / "ldm.json", settings.model_dump(mode="json", exclude_none=True))
+    update_card(folder / "README.md", result)
 
 
 def parse() -> argparse.Namespace:
@@ -157,7 +160,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype")
     parser.add_argument("--cache", type=Path, help="folder that keeps the real pictures' features for the next time")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
-    parser.add_argument("--record", action="store_true", help="also write the result into the model's ldm.json")
+    parser.add_argument("--record", action="store_true", help="also write the result into the model's folder and card")
     parser.add_argument("--report", type=Path, help="HTML file with tables, plots and pictures")
     parser.add_argument("--sheet", type=Path, help="PNG with the first 24 pictures")
     return parser.parse_args()

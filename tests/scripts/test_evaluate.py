@@ -12,7 +12,7 @@ import evaluate
 import picturebook
 import pytest
 import torch
-from evaluation import caption_accuracy, exhibits, measurements, metrics, real_pictures, report
+from evaluation import caption_accuracy, card, exhibits, measurements, metrics, real_pictures, report
 from evaluation.feature_networks import open_network
 from evaluation.likelihood import bits_per_dimension, bound_in_words
 from judge import Detection, Reading
@@ -394,12 +394,21 @@ def test_scores_are_recorded_in_folders_only(
 ) -> None:
     copy, file = tmp_path / "model", tmp_path / "model.safetensors"
     shutil.copytree(tiny, copy)
+    (copy / "README.md").write_text(f"# Card\n{card.BEGIN}\nold\n{card.END}\nrest\n")
     result = run("--record", model=copy)
     assert json.loads((copy / "ldm.json").read_text())["scores"] == result
+    assert card.score_tables(result) in (copy / "README.md").read_text()
     save_model(file, load_model())
     with pytest.raises(SystemExit):
         run("--record", model=file)
     assert "--record writes into a model folder" in capsys.readouterr().err
+
+
+def test_the_default_models_card_shows_its_recorded_scores() -> None:
+    folder = load_model().folder
+    assert folder is not None
+    scores = json.loads((folder / "ldm.json").read_text())["scores"]
+    assert card.score_tables(scores) in (folder / "README.md").read_text()
 
 
 def test_the_default_model_draws_what_it_is_told() -> None:

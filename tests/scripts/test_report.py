@@ -1,4 +1,4 @@
-"""The page of an evaluation: whole in itself, well formed, nothing left unescaped."""
+"""The page of an evaluation: whole in itself, well formed, nothing left unescaped; and the tables of the model card."""
 
 import base64
 import io
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation import report
+from evaluation import card, report
 from evaluation.report import Card, Gallery
 from PIL import Image
 
@@ -112,3 +112,34 @@ def test_galleries_hold_their_pictures(tmp_path: Path) -> None:
 def test_pictures_are_shown_at_a_reasonable_size(size: tuple[int, int], shown: tuple[int, int]) -> None:
     data = report.data_uri(Image.new("RGB", size)).partition(",")[2]
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == shown
+
+
+def test_the_card_has_every_figure_with_its_interval_between_its_marks(tmp_path: Path) -> None:
+    run = {"accuracy": 0.5, "interval": [0.25, 0.75], "per attribute": {"kind": 0.125}}
+    run["per attribute intervals"] = {"kind": [0.0, 0.25]}
+    result = RESULT | {"guidance 3": run, "controls": {"noise": 0.0}}
+    file = tmp_path / "README.md"
+    file.write_text(f"before\n{card.BEGIN}\n| old | 1 |\n{card.END}\nafter\n")
+    assert card.update_card(file, result)
+    text = file.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    for line in (
+        "| 8 held-out captions, 2 steps of ddim | guidance 3 |",
+        "| **every attribute right** | 50.0 % (25.0 to 75.0) |",
+        "| kind right | 12.5 % (0.0 to 25.0) |",
+        "| noise | 0.0 % |",
+        "| real against real | 2.5 (1.5 to 3.5) | 0.25 (-0.10 to 0.60) | 1.00 (1.00 to 1.00) | 0.50 (0.25 to 0.75) |",
+        "| PSNR, all pixels | 21.5 dB (20.0 to 23.0) |",
+    ):
+        assert line in text.splitlines()
+    assert card.update_card(file, result)
+    assert file.read_text() == text
+
+
+def test_a_card_without_marks_is_left_alone(tmp_path: Path) -> None:
+    assert not card.update_card(tmp_path / "README.md", RESULT)
+    (tmp_path / "README.md").write_text("mine")
+    assert not card.update_card(tmp_path / "README.md", RESULT)
+    assert (tmp_path / "README.md").read_text() == "mine"
