@@ -205,16 +205,26 @@ class HeldOut:
 
 
 def make_unet(config: UNetTrainingConfig) -> UNet:
-    """A new U-Net, or that of `config.init`. Raises ValueError if that is of another architecture than the config's."""
+    """A new U-Net, or that of `config.init`, which may lack attention blocks: new ones start as the identity.
+
+    Raises ValueError if `init` is otherwise of another architecture than the config's.
+    """
+    unet = UNet(config.model)
     if config.init is None:
-        return UNet(config.model)
-    unet = load_unet(Path(config.init) / "unet").float()
+        return unet
+    trained = load_unet(Path(config.init) / "unet").float()
     for name, wanted in config.model:
-        there = getattr(unet.config, name)
+        there = getattr(trained.config, name)
         if name in ("attention_head_dim", "num_attention_heads"):
-            name, there, wanted = "attention_head_dim", unet.config.heads, config.model.heads
+            name, there, wanted = "attention_head_dim", trained.config.heads, config.model.heads
+        if name in ("down_block_types", "up_block_types"):
+            grown = len(there) == len(wanted) and all(
+                new == old or new.startswith("CrossAttn") for old, new in zip(there, wanted, strict=True)
+            )
+            there = wanted if grown else there
         if name != "sample_size" and there != wanted:
             raise ValueError(f"init {config.init} has {name} {there}, but model.{name} is {wanted}: make them agree")
+    unet.load_state_dict(trained.state_dict(), strict=False)  # what may be missing was checked above
     return unet
 
 

@@ -25,8 +25,9 @@ from ldm.training import randomness
 from ldm.training.command_line import parse_config
 from ldm.training.data import Batch, CaptionedImages, DataConfig
 from ldm.training.loop import LoopConfig, Training, make_accelerator
+from ldm.unet import UNet
 from pipelines import TextToImagePipeline
-from pipelines.loading import load_autoencoder, load_model
+from pipelines.loading import load_autoencoder, load_model, load_unet
 from text_encoder import Tokenizer
 
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -379,16 +380,37 @@ def test_the_loss_on_held_out_pictures_is_logged(
         assert measured[-1][name] == pytest.approx(float(losses.mean()), rel=2e-2)  # the model is float16 on disk
 
 
-def test_an_init_of_another_shape_is_refused(trained_clip: Path, data_folder: Path, tmp_path: Path) -> None:
-    config = unet_config(tmp_path, data_folder, tmp_path, trained_clip, autoencoder=None, model=PIXELS)
-    train_unet.train(config)
-    wider = {**PIXELS, "block_out_channels": [2 * width for width in PIXELS["block_out_channels"]]}
-    for model, fault in ((wider, "block_out_channels"), ({**PIXELS, "attention_head_dim": 1}, "attention_head_dim")):
-        other = unet_config(
-            tmp_path, data_folder, tmp_path, trained_clip, autoencoder=None, model=model, init=str(tmp_path / "model")
-        )
+def test_an_init_may_lack_attention_but_be_of_no_other_shape(
+    trained_clip: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    def config(**change: Any) -> UNetTrainingConfig:
+        parts = {"autoencoder": None, "model": {**PIXELS, **change}}
+        return unet_config(tmp_path, data_folder, tmp_path, trained_clip, **parts)
+
+    def grown_from(trained: Path, **change: Any) -> UNet:
+        return train_unet.make_unet(config(**change).model_copy(update={"init": str(trained)}))
+
+    train_unet.train(config())
+    trained = tmp_path / "model"
+    wider = [2 * width for width in PIXELS["block_out_channels"]]
+    for change in ({"block_out_channels": wider}, {"attention_head_dim": 1}):
+        ((fault, _),) = change.items()
         with pytest.raises(ValueError, match=rf"has {fault} .*, but model.{fault} is .*: make them agree"):
-            train_unet.make_unet(other)
+            grown_from(trained, **change)
+
+    same = load_unet(trained / "unet").float()
+    more = {
+        "down_block_types": ["CrossAttnDownBlock2D" for _ in wider],
+        "up_block_types": ["CrossAttnUpBlock2D" for _ in wider],
+    }
+    grown = grown_from(trained, **more)
+    assert len(grown.state_dict()) > len(same.state_dict())
+    x, context = torch.randn(2, 3, 32, 32), torch.randn(2, 7, PIXELS["cross_attention_dim"])
+    with torch.no_grad():
+        torch.testing.assert_close(grown(x, torch.tensor([5, 900]), context), same(x, torch.tensor([5, 900]), context))
+    less = {"down_block_types": ["DownBlock2D" for _ in wider]}
+    with pytest.raises(ValueError, match=r"has down_block_types .*, but model.down_block_types is .*: make them agree"):
+        grown_from(trained, **less)
 
 
 def test_logit_normal_times_are_drawn_from_it_and_not_weighed(
