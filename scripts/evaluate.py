@@ -160,7 +160,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype")
     parser.add_argument("--cache", type=Path, help="folder that keeps the real pictures' features for the next time")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
-    parser.add_argument("--record", action="store_true", help="also write the result into the model's folder and card")
+    parser.add_argument("--record", action="store_true", help="also write the result into ldm.json and card of MODEL")
     parser.add_argument("--report", type=Path, help="HTML file with tables, plots and pictures")
     parser.add_argument("--sheet", type=Path, help="PNG with the first 24 pictures")
     return parser.parse_args()

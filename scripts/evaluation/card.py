@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evaluation.report import DISTANCES, runs_in
+
 BEGIN, END = "<!-- scores, written by evaluate.py --record -->", "<!-- end of scores -->"
-DISTANCES = ("fid", "kid", "precision", "recall")
 
 
 def update_card(file: Path, result: Mapping[str, Any]) -> bool:
@@ -33,7 +34,7 @@ def score_tables(result: Mapping[str, Any]) -> str:
 
 
 def _accuracy(result: Mapping[str, Any]) -> list[list[tuple[str, ...]]]:
-    runs = {name: run for name, run in result.items() if isinstance(run, dict) and "per attribute" in run}
+    runs = runs_in(result)
     if not runs:
         return []
     about = f"{result['pictures']} held-out captions, {result['steps']} steps of {result['sampler']}"

@@ -13,6 +13,7 @@ from PIL import Image
 
 LARGEST = 256  # pixels: larger pictures are shown reduced
 SHOWN = 160  # CSS pixels of a picture's width
+DISTANCES = ("fid", "kid", "precision", "recall")
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --faint: #6b6b70; --line: #dcdce0; --paper: #fdfdfc; --bar: #0072b2;
   --card: #f4f4f2; }
@@ -75,10 +76,15 @@ def write_report(file: Path, title: str, result: Mapping[str, Any], galleries: S
     file.write_text(page + "\n", encoding="utf-8")
 
 
+def runs_in(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The caption accuracies in a result, each under the name of its guidance."""
+    return {name: run for name, run in result.items() if isinstance(run, dict) and "per attribute" in run}
+
+
 def _accuracy(result: Mapping[str, Any]) -> list[str]:
     if "controls" not in result:
         return []
-    runs = {name: run for name, run in result.items() if isinstance(run, dict) and "per attribute" in run}
+    runs = runs_in(result)
     rows = [(name, _percent(run["accuracy"], run["interval"])) for name, run in runs.items()]
     wanted = {"real pictures": "100 %", "reconstructions": "the model's ceiling"}
     checks = [
@@ -102,7 +108,6 @@ def _accuracy(result: Mapping[str, Any]) -> list[str]:
 
 
 ABBREVIATIONS = ("fid", "kid")
-DISTANCES = ("fid", "kid", "precision", "recall")
 SCORES = ("inception-style score", "clip score")
 
 
