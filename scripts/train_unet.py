@@ -26,6 +26,7 @@ from ldm.training import randomness
 from ldm.training.command_line import parse_config
 from ldm.training.data import Batch, CaptionedDataset, CaptionedImages, DataConfig
 from ldm.training.loop import LoopConfig, Training, apply_gradients, fit, make_accelerator, make_ema, make_optimizers
+from ldm.training.whitening import Whitening
 from ldm.unet import UNet, UNetConfig
 from pipelines import TextToImagePipeline
 from pipelines.errors import one_line_errors
@@ -36,6 +37,8 @@ from text_encoder import TextEncoder, Tokenizer
 
 HELDOUT = 256
 """Pictures of `heldout` whose loss is measured."""
+WHITENED = 4096
+"""Captions, at most, whose contexts' mean and covariance are measured."""
 CONTEXT_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -76,6 +79,9 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
     cache_contexts: bool = False
     """Encode every distinct caption once, before training. Needs 77 x width numbers of memory each, and a text encoder
     that does not train."""
+    whiten_contexts: bool = False
+    """Train on contexts that vary alike in all directions (`ldm/training/whitening.py`). The model that is written
+    takes them as they are. Needs a text encoder that does not train."""
     heldout: str | None = None
     """Pictures that are not trained on, given as `data.path` is. With each sample sheet the averaged network's loss on
     the first 256 is logged, with their own captions and with others': the difference is what the words are worth."""
@@ -93,26 +99,43 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
                 f"model.out_channels is {channels}, but must be {wanted} with scheduler.variance_type"
                 f" {self.scheduler.variance_type}"
             )
-        if self.cache_contexts and self.train_text_encoder:
-            raise ValueError("cache_contexts goes with train_text_encoder: false, or the contexts would be out of date")
+        for name in ("cache_contexts", "whiten_contexts"):
+            if getattr(self, name) and self.train_text_encoder:
+                raise ValueError(f"{name} goes with train_text_encoder: false, or the contexts would be out of date")
         return self
 
 
 class Conditioned(nn.Module):
     """U-Net and text encoder as one network: (x_t [B,C,h,w], t [B], text) -> output like x_t.
 
-    The text is token ids [B,L], or the context [B,L,D] that they were encoded to beforehand.
+    The text is token ids [B,L], or the context [B,L,D] that they were encoded to beforehand. The U-Net takes contexts
+    whitened, if there is a whitening.
     """
 
-    def __init__(self, unet: UNet, text_encoder: TextEncoder) -> None:
+    def __init__(self, unet: UNet, text_encoder: TextEncoder, whitening: Whitening | None) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
+        self.whitening = whitening
 
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         context = text if text.is_floating_point() else self.text_encoder(text)
+        if self.whitening is not None:
+            context = self.whitening(context)
         output: Tensor = self.unet(x_t, t, context)
         return output
+
+
+@torch.no_grad()
+def whitening_of(text_encoder: TextEncoder, tokenizer: Tokenizer, captions: list[str]) -> Whitening:
+    """That of the contexts of the captions' words, or those of some thousands of captions, without the padding."""
+    distinct = sorted(set(captions))
+    ids = tokenizer(distinct[:: len(distinct) // WHITENED + 1]).ids
+    device = next(text_encoder.parameters()).device
+    contexts = torch.cat([text_encoder(some.to(device)) for some in ids.split(64)])
+    end = (ids == tokenizer.end_id).int().argmax(1)
+    words = torch.arange(ids.shape[1]) <= end[:, None]
+    return Whitening.of(contexts.cpu()[words])
 
 
 def with_dropout(batch: Batch, seed: int, share: float) -> list[str]:
@@ -204,8 +227,10 @@ class HeldOut:
         return float(torch.cat(losses).mean())
 
 
-def make_unet(config: UNetTrainingConfig) -> UNet:
+def make_unet(config: UNetTrainingConfig, whitening: Whitening | None) -> UNet:
     """A new U-Net, or that of `config.init`, which may lack attention blocks: new ones start as the identity.
+
+    It takes contexts whitened, if there is a whitening; that of `config.init` takes them raw.
 
     Raises ValueError if `init` is otherwise of another architecture than the config's.
     """
@@ -224,6 +249,8 @@ def make_unet(config: UNetTrainingConfig) -> UNet:
             there = wanted if grown else there
         if name != "sample_size" and there != wanted:
             raise ValueError(f"init {config.init} has {name} {there}, but model.{name} is {wanted}: make them agree")
+    if whitening is not None:
+        trained = whitening.unfolded(trained)
     unet.load_state_dict(trained.state_dict(), strict=False)  # what may be missing was checked above
     return unet
 
@@ -240,8 +267,10 @@ def train(config: UNetTrainingConfig) -> None:
         with accelerator.main_process_first():
             moments = cached_latents(images, Path(config.autoencoder) / "vae", out, accelerator.device)
         dataset = CaptionedLatents(moments, captions)
+    text_encoder = load_text_encoder(text_folder / "text_encoder").float().to(accelerator.device)
+    whitening = whitening_of(text_encoder, tokenizer, captions) if config.whiten_contexts else None
     torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
-    network = Conditioned(make_unet(config), load_text_encoder(text_folder / "text_encoder").float())
+    network = Conditioned(make_unet(config, whitening), text_encoder, whitening)
     network.text_encoder.requires_grad_(config.train_text_encoder)
     network.to(memory_format=torch.channels_last)
     learning = [network.unet, network.text_encoder] if config.train_text_encoder else [network.unet]
@@ -274,8 +303,9 @@ def train(config: UNetTrainingConfig) -> None:
 
     def finished_model() -> Model:
         words = tuple(sorted(set().union(*map(words_in, set(captions)))))
+        unet = averaged[0][0].module
         return Model(
-            unet=averaged[0][0].module,
+            unet=unet if whitening is None else whitening.folded(unet),
             autoencoder=pixels if config.autoencoder is None else load_autoencoder(Path(config.autoencoder) / "vae"),
             text_encoder=averaged[1][0].module if config.train_text_encoder else network.text_encoder,
             tokenizer=tokenizer,
@@ -293,7 +323,9 @@ def train(config: UNetTrainingConfig) -> None:
     if config.heldout is not None and accelerator.is_main_process:
         held_out = HeldOut(objective, tokenizer)
         followed = [ema.module for ema, _ in averaged]
-        average = Conditioned(followed[0], followed[1] if config.train_text_encoder else network.text_encoder)
+        average = Conditioned(
+            followed[0], followed[1] if config.train_text_encoder else network.text_encoder, whitening
+        )
         training.measure = lambda: held_out(average)
     fit(training)
     if accelerator.is_main_process:
