@@ -20,7 +20,7 @@ def parse_config(config_class: type[Config], description: str, arguments: list[s
             raise SystemExit(2)
 
     parser = Parser(description=description)
-    parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
+    parser.add_argument("--config", action="config", help="YAML file; later arguments, another file too, override it")
     parser.add_class_arguments(config_class, as_group=False)
     parsed = parser.parse_args(arguments)
     del parsed["config"]

@@ -242,15 +242,17 @@ def test_each_variant_has_a_preset(name: str, field: str, value: str) -> None:
 
     configs = Path(train_unet.__file__).parent / "configs"
 
-    def model(file: str) -> UNetConfig:
-        config: UNetConfig = parse_config(train_unet.UNetTrainingConfig, "", ["--config", str(configs / file)]).model
+    def model(*files: str) -> UNetConfig:
+        arguments = [f"--config={configs / file}" for file in files]
+        config: UNetConfig = parse_config(train_unet.UNetTrainingConfig, "", arguments).model
         return config
 
     def parameters(config: UNetConfig) -> int:
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in UNet(config).parameters())
 
-    preset, default = model(f"picturebook_unet_{name}.yaml"), model("picturebook_unet.yaml")
+    default = model("picturebook_unet.yaml")
+    preset = model("picturebook_unet.yaml", f"picturebook_unet_{name}.yaml")
     assert getattr(preset, field) == value
     assert getattr(default, field) != value
     assert 0.9 < parameters(preset) / parameters(default) < 1.1
