@@ -234,9 +234,8 @@ def make_unet(config: UNetTrainingConfig, whitening: Whitening | None) -> UNet:
 
     Raises ValueError if `init` is otherwise of another architecture than the config's.
     """
-    unet = UNet(config.model)
     if config.init is None:
-        return unet
+        return UNet(config.model)
     trained = load_unet(Path(config.init) / "unet").float()
     for name, wanted in config.model:
         there = getattr(trained.config, name)
@@ -251,6 +250,7 @@ def make_unet(config: UNetTrainingConfig, whitening: Whitening | None) -> UNet:
             raise ValueError(f"init {config.init} has {name} {there}, but model.{name} is {wanted}: make them agree")
     if whitening is not None:
         trained = whitening.unfolded(trained)
+    unet = UNet(config.model)
     unet.load_state_dict(trained.state_dict(), strict=False)  # what may be missing was checked above
     return unet
 
