@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm.blocks import BLOCKS, Block, BlockType, DownBlock, MidBlock, UpBlock
 from ldm.layers import (
+    Attention,
     Context,
     Downsample,
     Reading,
@@ -196,8 +197,11 @@ class UNet(nn.Module):
 
         It is out of date once the weights change.
         """
-        blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
-        return Reading({block.attn2: block.attn2.read(context) for block in blocks})
+        return Reading({attention: attention.read(context) for attention in self.cross_attentions()})
+
+    def cross_attentions(self) -> list[Attention]:
+        """Every attention to the context."""
+        return [module.attn2 for module in self.modules() if isinstance(module, TransformerBlock)]
 
     def forward(self, latents: Tensor, t: Tensor, context: Context, class_labels: Tensor | None = None) -> Tensor:
         """Raises ValueError for class labels that are missing, or given to a network without classes."""

@@ -132,10 +132,10 @@ def whitening_of(text_encoder: TextEncoder, tokenizer: Tokenizer, captions: list
     distinct = sorted(set(captions))
     ids = tokenizer(distinct[:: len(distinct) // WHITENED + 1]).ids
     device = next(text_encoder.parameters()).device
-    contexts = torch.cat([text_encoder(some.to(device)) for some in ids.split(64)])
     end = (ids == tokenizer.end_id).int().argmax(1)
     words = torch.arange(ids.shape[1]) <= end[:, None]
-    return Whitening.of(contexts.cpu()[words])
+    batches = zip(ids.split(64), words.split(64), strict=True)
+    return Whitening.of(torch.cat([text_encoder(some.to(device)).cpu()[kept] for some, kept in batches]))
 
 
 def with_dropout(batch: Batch, seed: int, share: float) -> list[str]:

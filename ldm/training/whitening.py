@@ -12,7 +12,6 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ldm.layers import TransformerBlock
 from ldm.unet import UNet
 
 FLOOR = 0.005
@@ -52,7 +51,7 @@ class Whitening(nn.Module):
         every value, so to their weighted mean: the bias of the layer after it gives that back.
         """
         unet = copy.deepcopy(unet)
-        for keys, values, output in _cross_attentions(unet):
+        for keys, values, output in _weights(unet):
             for weight in (keys, values):
                 weight.copy_(weight @ self.matrix)
             output.bias.sub_(output.weight @ (values @ self.mean))
@@ -63,17 +62,16 @@ class Whitening(nn.Module):
         """A U-Net that does with whitened contexts what this one does with raw ones: the inverse of `folded`."""
         unet = copy.deepcopy(unet)
         inverse = torch.linalg.inv(self.matrix.double()).float()
-        for keys, values, output in _cross_attentions(unet):
+        for keys, values, output in _weights(unet):
             output.bias.add_(output.weight @ (values @ self.mean))
             for weight in (keys, values):
                 weight.copy_(weight @ inverse)
         return unet
 
 
-def _cross_attentions(unet: UNet) -> Iterator[tuple[Tensor, Tensor, nn.Linear]]:
+def _weights(unet: UNet) -> Iterator[tuple[Tensor, Tensor, nn.Linear]]:
     """Weights of the keys and of the values [C,D], and the layer after them, of each attention to the context."""
-    for block in unet.modules():
-        if isinstance(block, TransformerBlock):
-            output = block.attn2.to_out[0]
-            assert isinstance(output, nn.Linear)
-            yield block.attn2.to_k.weight, block.attn2.to_v.weight, output
+    for attention in unet.cross_attentions():
+        output = attention.to_out[0]
+        assert isinstance(output, nn.Linear)
+        yield attention.to_k.weight, attention.to_v.weight, output
