@@ -50,12 +50,18 @@ class ObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
     times: Literal["uniform", "importance", "logit_normal"] = "uniform"
     """Importance: more of the times at which the loss is large. Logit-normal: more of the middle of the path, where
     shapes are made; this changes what is learned best (`ldm/time_sampling.py`)."""
+    logit_mean: float = Field(0.0, allow_inf_nan=False)
+    """Mean of the logit-normal times: the larger, the more of the noisy ones, where layouts and counts are settled."""
     min_snr_gamma: float | None = Field(None, gt=0)
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """Share of captions that are replaced by the empty one, for classifier-free guidance; 1 ignores all captions."""
 
     @model_validator(mode="after")
-    def _check_gamma(self) -> Self:
+    def _check(self) -> Self:
+        if self.times != "logit_normal" and self.logit_mean != 0:
+            raise ValueError(
+                f"logit_mean shifts times that are logit_normal, but times is {self.times}: leave one of them out"
+            )
         if self.loss == "bound" and self.min_snr_gamma is not None:
             raise ValueError(
                 "min_snr_gamma weighs the squared error, which the loss 'bound' does not have: leave it out"
@@ -83,8 +89,9 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
     """Train on contexts that vary alike in all directions (`ldm/training/whitening.py`). The model that is written
     takes them as they are. Needs a text encoder that does not train."""
     heldout: str | None = None
-    """Pictures that are not trained on, given as `data.path` is. With each sample sheet the averaged network's loss on
-    the first 256 is logged, with their own captions and with others': the difference is what the words are worth."""
+    """Pictures that are not trained on, given as `data.path` is. Before the first step and with each sample sheet the
+    averaged network's loss on the first 256 is logged, with their own captions and with others': the difference is what
+    the words are worth."""
     init: str | None = None
     """A model folder whose U-Net and text encoder to start from."""
 
@@ -151,7 +158,8 @@ class Objective:
         self.config, self.accelerator = config, accelerator
         self.schedule = config.scheduler.make_schedule()
         self.times = TimeSampler(self.schedule.steps)
-        self.probabilities = logit_normal(self.schedule) if config.objective.times == "logit_normal" else None
+        wanted = config.objective
+        self.probabilities = logit_normal(self.schedule, wanted.logit_mean) if wanted.times == "logit_normal" else None
         self.seen: list[tuple[Tensor, Tensor]] = []
         """Times and losses of this step's micro-batches so far, over all processes."""
         accelerator.register_for_checkpointing(self.times)

@@ -125,7 +125,7 @@ class Training:
     on_sample: Callable[[Path], None] | None = None
     """Writes a sample sheet to the given file; called by the main process."""
     measure: Callable[[], dict[str, float]] | None = None
-    """What to log with each sample sheet; called by the main process."""
+    """What to log before the first step and with each sample sheet; called by the main process."""
 
 
 def apply_gradients(training: Training, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Tensor:
@@ -221,6 +221,8 @@ def fit(training: Training) -> int:
     for optimizer in training.optimizers:
         for group in optimizer.param_groups:
             group.setdefault("full_lr", group["lr"])
+    if start == 0 and accelerator.is_main_process and training.measure:
+        log.append(0, training.measure())
     for batches in _steps(training, start):
         for optimizer in training.optimizers:
             for group in optimizer.param_groups:

@@ -360,20 +360,31 @@ def test_importance_is_remembered_over_a_resume(trained_clip: Path, data_folder:
 def test_the_loss_on_held_out_pictures_is_logged(
     whitened: bool, trained_autoencoder: Path, trained_clip: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """It is that of the model that was written, also where the U-Net was trained on whitened contexts."""
-    config = unet_config(
-        tmp_path,
-        data_folder,
-        trained_autoencoder,
-        trained_clip,
-        heldout=str(data_folder),
-        loop=loop_config(tmp_path, steps=4, sample_every=2),
-        train_text_encoder=not whitened,
-        whiten_contexts=whitened,
-    )
-    train_unet.train(config)
-    measured = [line for line in log_of(tmp_path) if "heldout_loss" in line]
-    assert [line["step"] for line in measured] == [2, 4]
+    """It is that of the model that was written, also where the U-Net was trained on whitened contexts, and then the
+    first line of a training that starts from that model."""
+
+    def trained(out: Path, init: str | None) -> tuple[UNetTrainingConfig, list[dict[str, float]]]:
+        config = unet_config(
+            tmp_path,
+            data_folder,
+            trained_autoencoder,
+            trained_clip,
+            heldout=str(data_folder),
+            loop=loop_config(out, steps=4, sample_every=2, learning_rate=1e-2),
+            train_text_encoder=not whitened,
+            whiten_contexts=whitened,
+            init=init,
+        )
+        train_unet.train(config)
+        return config, [line for line in log_of(out) if "heldout_loss" in line]
+
+    config, measured = trained(tmp_path, None)
+    assert [line["step"] for line in measured] == [0, 2, 4]
+    _, again = trained(tmp_path / "again", str(tmp_path / "model"))
+    for name in ("heldout_loss", "heldout_loss_other_caption"):
+        learned = abs(measured[-1][name] - measured[0][name])
+        assert learned > 1e-4
+        assert again[0][name] == pytest.approx(measured[-1][name], abs=0.1 * learned)  # the model is float16 on disk
 
     model = load_model(tmp_path / "model")
     rows = CaptionedImages(config.data, 0)
@@ -443,12 +454,12 @@ def test_logit_normal_times_are_drawn_from_it_and_not_weighed(
         trained_clip,
         autoencoder=None,
         model=PIXELS,
-        objective={"times": "logit_normal"},
+        objective={"times": "logit_normal", "logit_mean": 1.0},
         loop=loop_config(tmp_path, steps=2),
     )
     train_unet.train(config)
     assert [line["loss"] for line in log_of(tmp_path)] == pytest.approx([1, 1])
-    probabilities = logit_normal(config.scheduler.make_schedule())
+    probabilities = logit_normal(config.scheduler.make_schedule(), 1.0)
     for step, drawn in enumerate(times):
         expected = draw(probabilities, randomness.uniform(config.loop.seed, "t", step, range(len(drawn))))
         assert torch.equal(drawn, expected)
@@ -458,6 +469,7 @@ def test_logit_normal_times_are_drawn_from_it_and_not_weighed(
     ("fields", "message"),
     [
         ({"objective": {"loss": "bound", "min_snr_gamma": 5}}, "min_snr_gamma weighs the squared error"),
+        ({"objective": {"logit_mean": 1.0}}, "logit_mean shifts times that are logit_normal, but times is uniform"),
         ({"scheduler": {"variance_type": "learned_range"}}, "model.out_channels is 4, but must be 8"),
         ({"model": {**TINY_UNET, "out_channels": 8}}, "model.out_channels is 8, but must be 4"),
     ],
