@@ -86,8 +86,8 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
     """Encode every distinct caption once, before training. Needs 77 x width numbers of memory each, and a text encoder
     that does not train."""
     whiten_contexts: bool = False
-    """Train on contexts that vary alike in all directions (`ldm/training/whitening.py`). The model that is written
-    takes them as they are. Needs a text encoder that does not train."""
+    """Train on contexts that vary alike in all directions (`ldm/training/whitening.py`), those of the text encoder as
+    it was at the start. The model that is written takes them as they are."""
     heldout: str | None = None
     """Pictures that are not trained on, given as `data.path` is. Before the first step and with each sample sheet the
     averaged network's loss on the first 256 is logged, with their own captions and with others': the difference is what
@@ -106,9 +106,8 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
                 f"model.out_channels is {channels}, but must be {wanted} with scheduler.variance_type"
                 f" {self.scheduler.variance_type}"
             )
-        for name in ("cache_contexts", "whiten_contexts"):
-            if getattr(self, name) and self.train_text_encoder:
-                raise ValueError(f"{name} goes with train_text_encoder: false, or the contexts would be out of date")
+        if self.cache_contexts and self.train_text_encoder:
+            raise ValueError("cache_contexts goes with train_text_encoder: false, or the contexts would be out of date")
         return self
 
 

@@ -221,7 +221,8 @@ def test_unet_writes_a_model_that_renders(trained_unet: Path, data_folder: Path)
     assert settings["words"] == sorted({word for caption in captions for word in caption.replace(",", "").split()})
 
 
-@pytest.mark.parametrize(("train_text_encoder", "whitened"), [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+@pytest.mark.parametrize("whitened", [False, True])
 def test_unet_goes_on_from_another(
     train_text_encoder: bool,
     whitened: bool,
@@ -356,9 +357,14 @@ def test_importance_is_remembered_over_a_resume(trained_clip: Path, data_folder:
     assert same(*logs)
 
 
-@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize(("train_text_encoder", "whitened"), [(True, False), (False, True), (True, True)])
 def test_the_loss_on_held_out_pictures_is_logged(
-    whitened: bool, trained_autoencoder: Path, trained_clip: Path, data_folder: Path, tmp_path: Path
+    train_text_encoder: bool,
+    whitened: bool,
+    trained_autoencoder: Path,
+    trained_clip: Path,
+    data_folder: Path,
+    tmp_path: Path,
 ) -> None:
     """It is that of the model that was written, also where the U-Net was trained on whitened contexts, and then the
     first line of a training that starts from that model."""
@@ -371,7 +377,7 @@ def test_the_loss_on_held_out_pictures_is_logged(
             trained_clip,
             heldout=str(data_folder),
             loop=loop_config(out, steps=4, sample_every=2, learning_rate=1e-2),
-            train_text_encoder=not whitened,
+            train_text_encoder=train_text_encoder,
             whiten_contexts=whitened,
             init=init,
         )
@@ -479,10 +485,9 @@ def test_settings_that_contradict_each_other(fields: dict[str, Any], message: st
         unet_config(tmp_path, tmp_path, tmp_path, tmp_path, **fields)
 
 
-@pytest.mark.parametrize("option", ["cache_contexts", "whiten_contexts"])
-def test_contexts_that_go_out_of_date_are_neither_cached_nor_whitened(option: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{option} goes with train_text_encoder: false"):
-        unet_config(tmp_path, tmp_path, tmp_path, tmp_path, **{option: True})
+def test_contexts_that_go_out_of_date_are_not_cached(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cache_contexts goes with train_text_encoder: false"):
+        unet_config(tmp_path, tmp_path, tmp_path, tmp_path, cache_contexts=True)
 
 
 @pytest.mark.parametrize("script", [train_autoencoder, train_clip, train_unet])
