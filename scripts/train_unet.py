@@ -82,6 +82,8 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
     settings: Settings = Settings()
     """Default steps and guidance of the model that is written."""
     train_text_encoder: bool = True
+    text_encoder_rate: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """The text encoder's learning rate, as a share of the U-Net's. One that is trained already wants a small share."""
     cache_contexts: bool = False
     """Encode every distinct caption once, before training. Needs 77 x width numbers of memory each, and a text encoder
     that does not train."""
@@ -280,9 +282,12 @@ def train(config: UNetTrainingConfig) -> None:
     network = Conditioned(make_unet(config, whitening), text_encoder, whitening)
     network.text_encoder.requires_grad_(config.train_text_encoder)
     network.to(memory_format=torch.channels_last)
-    learning = [network.unet, network.text_encoder] if config.train_text_encoder else [network.unet]
-    averaged = [(make_ema(part, config.loop).to(accelerator.device), part) for part in learning]
-    model, *optimizers = accelerator.prepare(network, *make_optimizers(network, config.loop))
+    loops: list[tuple[nn.Module, LoopConfig]] = [(network.unet, config.loop)]
+    if config.train_text_encoder:
+        rate = config.loop.learning_rate * config.text_encoder_rate
+        loops.append((network.text_encoder, config.loop.model_copy(update={"learning_rate": rate})))
+    averaged = [(make_ema(part, loop).to(accelerator.device), part) for part, loop in loops]
+    model, *optimizers = accelerator.prepare(network, *(each for both in loops for each in make_optimizers(*both)))
     objective = Objective(config, accelerator)
 
     def token_ids(captions: list[str]) -> Tensor:

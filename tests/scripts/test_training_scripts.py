@@ -269,6 +269,34 @@ def test_the_text_encoder_learns_only_if_asked(
     assert same({name: tensor.half() for name, tensor in before.items()}, after) != trained
 
 
+def test_the_text_encoder_learns_at_its_own_rate(
+    trained_unet: Path, trained_clip: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """Adam's first step is proportional to the rate, and the U-Net's does not depend on the text encoder's."""
+
+    def stepped(rate: float) -> dict[str, Tensor]:
+        out = tmp_path / str(rate)
+        config = unet_config(
+            out,
+            data_folder,
+            trained_unet,
+            trained_clip,
+            loop=loop_config(out, steps=1, learning_rate=0.05),
+            init=str(trained_unet / "model"),
+            text_encoder_rate=rate,
+        )
+        train_unet.train(config)
+        return load_file(out / "model/text_encoder/model.safetensors") | load_file(out / f"model/{unet}")
+
+    unet, text = "unet/diffusion_pytorch_model.safetensors", "text_model.final_layer_norm.bias"
+    start = load_file(trained_unet / "model/text_encoder/model.safetensors")[text].float()
+    whole, tenth = stepped(1.0), stepped(0.1)
+    moved = (whole[text].float() - start).abs()
+    assert moved.mean() > 1e-4
+    torch.testing.assert_close((tenth[text].float() - start).abs(), moved / 10, rtol=0.05, atol=1e-5)
+    assert all(torch.equal(whole[name], tenth[name]) for name in load_file(trained_unet / f"model/{unet}"))
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_cached_contexts_change_no_bit(
     precision: str, trained_autoencoder: Path, trained_clip: Path, data_folder: Path, tmp_path: Path
