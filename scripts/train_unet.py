@@ -108,6 +108,8 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
                 f"model.out_channels is {channels}, but must be {wanted} with scheduler.variance_type"
                 f" {self.scheduler.variance_type}"
             )
+        if self.text_encoder_rate != 1 and not self.train_text_encoder:
+            raise ValueError("text_encoder_rate goes with train_text_encoder: true, or it says nothing")
         if self.cache_contexts and self.train_text_encoder:
             raise ValueError("cache_contexts goes with train_text_encoder: false, or the contexts would be out of date")
         return self
@@ -282,12 +284,13 @@ def train(config: UNetTrainingConfig) -> None:
     network = Conditioned(make_unet(config, whitening), text_encoder, whitening)
     network.text_encoder.requires_grad_(config.train_text_encoder)
     network.to(memory_format=torch.channels_last)
-    loops: list[tuple[nn.Module, LoopConfig]] = [(network.unet, config.loop)]
+    learning = [network.unet, network.text_encoder] if config.train_text_encoder else [network.unet]
+    averaged = [(make_ema(part, config.loop).to(accelerator.device), part) for part in learning]
+    optimizers = make_optimizers(network.unet, config.loop)
     if config.train_text_encoder:
         rate = config.loop.learning_rate * config.text_encoder_rate
-        loops.append((network.text_encoder, config.loop.model_copy(update={"learning_rate": rate})))
-    averaged = [(make_ema(part, loop).to(accelerator.device), part) for part, loop in loops]
-    model, *optimizers = accelerator.prepare(network, *(each for both in loops for each in make_optimizers(*both)))
+        optimizers += make_optimizers(network.text_encoder, config.loop.model_copy(update={"learning_rate": rate}))
+    model, *optimizers = accelerator.prepare(network, *optimizers)
     objective = Objective(config, accelerator)
 
     def token_ids(captions: list[str]) -> Tensor:

@@ -504,6 +504,7 @@ def test_logit_normal_times_are_drawn_from_it_and_not_weighed(
     [
         ({"objective": {"loss": "bound", "min_snr_gamma": 5}}, "min_snr_gamma weighs the squared error"),
         ({"objective": {"logit_mean": 1.0}}, "logit_mean shifts times that are logit_normal, but times is uniform"),
+        ({"text_encoder_rate": 0.1, "train_text_encoder": False}, "text_encoder_rate goes with train_text"),
         ({"scheduler": {"variance_type": "learned_range"}}, "model.out_channels is 4, but must be 8"),
         ({"model": {**TINY_UNET, "out_channels": 8}}, "model.out_channels is 8, but must be 4"),
     ],
