@@ -101,6 +101,13 @@ def render(
     tiled: Annotated[
         bool, typer.Option("--tiled", help="Decode in tiles, for large pictures in little memory.")
     ] = False,
+    spacing: Annotated[
+        str | None,
+        typer.Option(
+            help="How the steps are spaced: leading, trailing, linspace, karras or exponential; by default the model's"
+            " own."
+        ),
+    ] = None,
     guidance_interval: Annotated[
         tuple[float, float] | None,
         typer.Option(help="Guide at noise levels sigma / alpha between these two only; changes the picture."),
@@ -141,31 +148,33 @@ def render(
         pipe.load_loras(loras)
         return pipe
 
+    options: dict[str, Any] = {
+        "sampler": sampler,
+        "eta": eta,
+        "width": width,
+        "height": height,
+        "clip_skip": clip_skip,
+        "tiled": tiled,
+        "spacing": spacing,
+        "guidance_interval": guidance_interval,
+        "reuse": reuse,
+        "merge_tokens": merge_tokens,
+        "strength": strength,
+    }
     if prompts is not None:
-        given = {
+        options |= {
             "negative": negative,
             "count": count,
             "steps": steps,
             "guidance": guidance,
             "rescale": rescale,
-            "sampler": sampler,
-            "eta": eta,
-            "width": width,
-            "height": height,
             "syntax": syntax,
-            "clip_skip": clip_skip,
-            "tiled": tiled,
-            "guidance_interval": guidance_interval,
-            "reuse": reuse,
-            "merge_tokens": merge_tokens,
             "init": None if init is None else str(init),
             "mask": None if mask is None else str(mask),
-            "strength": strength,
         }
         if strict_tokens:
             raise ValueError("--strict-tokens goes with one prompt; leave it out with --prompts")
-
-        done = _render_file(prompts, output, seed, given, device, load)
+        done = _render_file(prompts, output, seed, options, device, load)
         if as_json:
             print(json.dumps({"pictures": done, "seconds": round(time.perf_counter() - began, 3)}))
         return
@@ -188,23 +197,14 @@ def render(
             num_inference_steps=steps,
             guidance_scale=guidance,
             guidance_rescale=rescale,
-            sampler=sampler,
-            eta=eta,
-            height=height,
-            width=width,
             num_images_per_prompt=count,
             seed=seed,
             image=None if source is None else source.picture,
             mask_image=None if source is None else source.mask,
-            strength=strength,
             on_step=on_step,
             prompt_syntax=syntax,
-            clip_skip=clip_skip,
-            tiled=tiled,
-            guidance_interval=guidance_interval,
-            reuse=reuse,
-            merge_tokens=merge_tokens,
             strict_tokens=strict_tokens,
+            **options,
         )
     record = write_pictures(pipe, out, paths, init, mask)
     if as_json:
@@ -222,7 +222,7 @@ def _render_file(
     file: Path,
     output: Path | None,
     seed: int,
-    given: dict[str, Any],
+    options: dict[str, Any],
     device: str | None,
     load: Callable[["str | torch.device | None"], "TextToImagePipeline"],
 ) -> list[dict[str, Any]]:
@@ -232,7 +232,7 @@ def _render_file(
     from pipelines.prompt_file import device_of, open_folder, process_of, read_prompts, render_prompts
 
     process = process_of(os.environ)
-    listed = read_prompts(file, seed, given)
+    listed = read_prompts(file, seed, options)
     folder = open_folder(output)
     pipe = load(device_of(os.environ, device))
     done = []

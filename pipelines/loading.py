@@ -295,13 +295,18 @@ def _check_parts_fit(model: Model) -> None:
 def _store(model: Model, place: Path) -> StoredModel:
     """A model as it is to lie at `place`."""
     scheduler = {**model.scheduler.to_diffusers_config(), "_diffusers_version": DIFFUSERS_VERSION}
+    written = SchedulerConfig.from_diffusers_config(scheduler)
+    settings = model.settings
+    for name in ("sampler", "spacing"):  # what the scheduler that is written does not stand for
+        if getattr(settings, name) is None and (own := getattr(model.scheduler, name)) != getattr(written, name):
+            settings = settings.model_copy(update={name: own})
     configs = {
         INDEX: stock_index(
             scheduler["_class_name"],
             CLASS_NAMES[type(model.autoencoder)][1],
             inpaints=model.unet.config.in_channels > model.autoencoder.config.latent_channels,
         ),
-        SETTINGS: model.settings.model_dump(mode="json", exclude_none=True),
+        SETTINGS: settings.model_dump(mode="json", exclude_none=True),
         SCHEDULER: scheduler,
     }
     weights = {}

@@ -24,7 +24,7 @@ from pipelines.image_to_image import InitImage, open_init
 from pipelines.json_files import naming_file
 from pipelines.png import check_writable, slug, write_png
 from pipelines.replay import Record, make_records, render, told
-from pipelines.request import MAX_PICTURES, MAX_SEED, Request, checked_negatives, checked_prompts
+from pipelines.request import MAX_PICTURES, MAX_SEED, OPTIONS, Request, checked_negatives, checked_prompts
 from pipelines.runtime import pick_device
 from pipelines.text_to_image import BATCH, TextToImagePipeline
 from text_encoder.prompt import SYNTAXES
@@ -49,6 +49,7 @@ class Options(BaseModel, frozen=True, extra="forbid", strict=True):
     syntax: Literal["plain", "weighted"] = "plain"
     clip_skip: int = Field(default=0, ge=0)
     tiled: bool = False
+    spacing: str | None = None
     init: str | None = None
     mask: str | None = None
     strength: float | None = None
@@ -208,24 +209,8 @@ def plan(pipe: TextToImagePipeline, prompts: Sequence[Prompt]) -> list[list[Pict
 
 def make_request(pipe: TextToImagePipeline, options: Options, init: InitImage | None) -> Request:
     """One picture, with the model's defaults filled in. Raises ValueError for what this model cannot do."""
-    return pipe.request(
-        checked_prompts(options.prompt, 1),
-        checked_negatives(options.negative, 1, 1),
-        init,
-        steps=options.steps,
-        guidance=options.guidance,
-        rescale=options.rescale,
-        sampler=options.sampler,
-        eta=options.eta,
-        height=options.height,
-        width=options.width,
-        syntax=options.syntax,
-        clip_skip=options.clip_skip,
-        tiled=options.tiled,
-        guidance_interval=options.guidance_interval,
-        reuse=options.reuse,
-        merge_tokens=options.merge_tokens,
-    )
+    others = {name: getattr(options, name) for name in OPTIONS if name != "strength"}  # which is the picture's own
+    return pipe.request(checked_prompts(options.prompt, 1), checked_negatives(options.negative, 1, 1), init, **others)
 
 
 def render_prompts(

@@ -14,10 +14,11 @@ from pydantic import BaseModel, Field
 from torch import Generator
 
 from pipelines import __version__
+from pipelines.image_to_image import open_init
 from pipelines.json_files import naming_file
 from pipelines.loading import DEFAULT_MODEL, weight_files
 from pipelines.png import read_record, weights_sha256
-from pipelines.request import MAX_SEED, Request
+from pipelines.request import MAX_SEED, OPTIONS, Request
 from pipelines.runtime import pick_device
 from pipelines.text_to_image import BATCH, TextToImageOutput, TextToImagePipeline
 
@@ -58,6 +59,7 @@ class Record(BaseModel, frozen=True, extra="ignore"):
     syntax: Literal["plain", "weighted"] = "plain"
     clip_skip: int = 0
     tiled: bool = False
+    spacing: str | None = None
     guidance_interval: tuple[Finite, Finite] | None = None
     reuse: int = 1
     merge_tokens: float = 0.0
@@ -81,24 +83,7 @@ class Record(BaseModel, frozen=True, extra="ignore"):
 
     def request(self) -> Request:
         """What to ask of a pipeline. Raises ValueError for what no pipeline can do."""
-        return Request(
-            prompts=(self.prompt,),
-            negatives=(self.negative,),
-            steps=self.steps,
-            guidance=self.guidance,
-            rescale=self.rescale,
-            sampler=self.sampler,
-            eta=self.eta,
-            height=self.height,
-            width=self.width,
-            syntax=self.syntax,
-            clip_skip=self.clip_skip,
-            tiled=self.tiled,
-            guidance_interval=self.guidance_interval,
-            reuse=self.reuse,
-            merge_tokens=self.merge_tokens,
-            strength=self.strength,
-        )
+        return Request((self.prompt,), (self.negative,), **{name: getattr(self, name) for name in OPTIONS})
 
     def changes(self, now: "Record") -> dict[str, tuple[Any, Any]]:
         """What differs, by field, as (before, now); not the model's name, nor what was rendered beside the picture."""
@@ -122,20 +107,7 @@ def make_records(
     assert source is not None
     count = len(request.prompts)
     shared = {
-        "steps": request.steps,
-        "guidance": request.guidance,
-        "rescale": request.rescale,
-        "sampler": request.sampler,
-        "eta": request.eta,
-        "width": request.width,
-        "height": request.height,
-        "syntax": request.syntax,
-        "clip_skip": request.clip_skip,
-        "tiled": request.tiled,
-        "guidance_interval": request.guidance_interval,
-        "reuse": request.reuse,
-        "merge_tokens": request.merge_tokens,
-        "strength": request.strength,
+        **request.options,
         "init": None if init is None else Source(_digest(init), Path(init).name),
         "mask": None if mask is None else Source(_digest(mask), Path(mask).name),
         "loras": tuple(WeightedSource(_digest(lora.path), lora.path.name, weight) for lora, weight in pipe.loras),
@@ -169,27 +141,8 @@ def render(
     mask: FilePath | None = None,
 ) -> TextToImageOutput:
     """Renders a request whose every picture has a seed of its own. Raises what the pipeline raises."""
-    return pipe(
-        request.prompts,
-        negative_prompt=request.negatives,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        guidance_rescale=request.rescale,
-        sampler=request.sampler,
-        eta=request.eta,
-        height=request.height,
-        width=request.width,
-        generator=[Generator().manual_seed(seed) for seed in seeds],
-        image=init,
-        mask_image=mask,
-        strength=request.strength,
-        prompt_syntax="weighted" if request.syntax == "weighted" else "plain",
-        clip_skip=request.clip_skip,
-        tiled=request.tiled,
-        guidance_interval=request.guidance_interval,
-        reuse=request.reuse,
-        merge_tokens=request.merge_tokens,
-    )
+    generators = [Generator().manual_seed(seed) for seed in seeds]
+    return pipe.render(request, open_init(init, mask, request.strength), generator=generators)
 
 
 @dataclass(frozen=True)

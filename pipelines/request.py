@@ -3,10 +3,12 @@
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, get_args
 
 from ldm.diffusers_scheduler import diffusers_sampler
 from ldm.samplers import SAMPLERS, Sampler
+from ldm.schedule import Spacing
 from ldm.token_merging import MOST_MERGED
 
 DIFFUSERS = "diffusers:"
@@ -21,8 +23,8 @@ MAX_SEED = 2**63 - 1
 class Request:
     """A checked request; `prompts` and `negatives` have one entry per picture, `height` and `width` are pixels.
 
-    `strength` is the part of the steps that is made, with an image to start from; None without one. The last three
-    are shortcuts that change the picture.
+    `strength` is the part of the steps that is made, with an image to start from; None without one. `spacing` None is
+    the model's own time grid. The last three are shortcuts that change the picture.
 
     Raises:
         ValueError: one line that names the argument, its value and what is allowed.
@@ -41,6 +43,7 @@ class Request:
     clip_skip: int = 0
     tiled: bool = False
     strength: float | None = None
+    spacing: Spacing | None = None
     guidance_interval: tuple[float, float] | None = None
     reuse: int = 1
     merge_tokens: float = 0.0
@@ -60,10 +63,17 @@ class Request:
             raise ValueError(f"reuse is {self.reuse}; give a number of steps, at least 1")
         if not 0 <= self.merge_tokens <= MOST_MERGED:
             raise ValueError(f"merge tokens is {self.merge_tokens}; give a share from 0 to {MOST_MERGED}")
+        if self.spacing not in (None, *get_args(Spacing)):
+            raise ValueError(f"spacing {self.spacing!r} is unknown; there are {', '.join(get_args(Spacing))}")
         find_sampler(self.sampler)
         if self.eta and not takes_eta(self.sampler):
             able = ", ".join(name for name in sorted(SAMPLERS) if takes_eta(name))
             raise ValueError(f"sampler {self.sampler!r} has no eta; leave it at 0 or use {able}")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All but the prompts, by name."""
+        return {name: getattr(self, name) for name in OPTIONS}
 
     @property
     def first_step(self) -> int:
@@ -88,6 +98,10 @@ class Request:
             if value % multiple:
                 near = max(multiple, round(value / multiple) * multiple)
                 raise ValueError(f"{name} is {value}, which is not a multiple of {multiple}; the nearest is {near}")
+
+
+OPTIONS = tuple(each.name for each in fields(Request) if each.name not in ("prompts", "negatives"))
+"""What pictures that are rendered together have in common."""
 
 
 def find_sampler(name: str) -> Sampler:

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from ldm.prediction import PREDICTIONS, Prediction
-from ldm.schedule import NoiseSchedule, ScheduleKind
+from ldm.schedule import NoiseSchedule, ScheduleKind, Spacing
 
 # what diffusers' classes assume where the file says nothing
 LEADING_CLASSES = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DDIMInverseScheduler", "")
@@ -22,6 +22,8 @@ SAMPLERS = {
 """Our samplers by the class that a folder names; the other classes are driven through diffusers."""
 ENDS_AT_ZERO = ("ddim", "diffusers:PNDMScheduler")
 """The samplers that know `set_alpha_to_one: false`."""
+BY_NOISE: tuple[Spacing, ...] = ("karras", "exponential")
+"""Spacings of the noise level, which reach time 0 themselves."""
 SCHEDULES: dict[str, ScheduleKind] = {
     "linear": "linear",
     "scaled_linear": "scaled_linear",
@@ -46,13 +48,13 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore", validate_by_name=T
     set_alpha_to_one: bool = True
     rescale_betas_zero_snr: bool = False
     variance_type: Literal["fixed_small", "learned_range"] | None = None
+    use_karras_sigmas: bool | None = False
+    use_exponential_sigmas: bool | None = False
     class_name: str = Field(default="", alias="_class_name")
 
     trained_betas: Literal[None] = None
     clip_sample: Literal[False] = False
     thresholding: Literal[False] = False
-    use_karras_sigmas: Literal[False] | None = False
-    use_exponential_sigmas: Literal[False] | None = False
     use_beta_sigmas: Literal[False] | None = False
     use_lu_lambdas: Literal[False] | None = False
     use_flow_sigmas: Literal[False] | None = False
@@ -129,6 +131,13 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore", validate_by_name=T
                 return "dpm++" if kind == "dpmsolver++" else "dpm++sde"
         return SAMPLERS.get(self.class_name, f"diffusers:{self.class_name}")
 
+    @property
+    def spacing(self) -> Spacing:
+        """That of the time grid. With karras or exponential sigmas, diffusers leaves `timestep_spacing` unused."""
+        if self.use_karras_sigmas:
+            return "karras"
+        return "exponential" if self.use_exponential_sigmas else self.timestep_spacing
+
     def make_schedule(self) -> NoiseSchedule:
         return NoiseSchedule(
             SCHEDULES[self.beta_schedule],
@@ -138,14 +147,17 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore", validate_by_name=T
             zero_terminal_snr=self.rescale_betas_zero_snr,
         )
 
-    def time_grid(self, schedule: NoiseSchedule, steps: int, sampler: str) -> Tensor:
+    def time_grid(self, schedule: NoiseSchedule, steps: int, sampler: str, spacing: Spacing | None = None) -> Tensor:
         """The times that `sampler` visits in `steps` steps; float64, decreasing, the last where sampling ends.
+
+        Spacing None is the scheduler's own.
 
         Raises:
             ValueError: more steps than the schedule and the offset allow.
         """
-        grid = schedule.timesteps(steps, self.timestep_spacing, self.steps_offset)
-        if self.set_alpha_to_one or sampler not in ENDS_AT_ZERO:
+        spacing = spacing or self.spacing
+        grid = schedule.timesteps(steps, spacing, self.steps_offset)
+        if self.set_alpha_to_one or sampler not in ENDS_AT_ZERO or spacing in BY_NOISE:
             return grid
         # the last step goes to time 0, and is no step at all from there
         clean_is_zero = grid.clamp(min=0)

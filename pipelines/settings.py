@@ -5,6 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from ldm.schedule import Spacing
+
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 
 
@@ -14,7 +16,7 @@ def words_in(text: str) -> set[str]:
 
 
 class Settings(BaseModel, frozen=True, extra="ignore"):
-    """A model's own defaults and history. No picture depends on anything here but the first three, which a caller sets.
+    """A model's own defaults and history. No picture depends on anything here but the first four, which a caller sets.
 
     `words` are all words of the training captions in order; None means unknown.
     """
@@ -22,6 +24,7 @@ class Settings(BaseModel, frozen=True, extra="ignore"):
     steps: int = Field(default=20, ge=1)
     guidance: float = Field(default=7.5, allow_inf_nan=False)
     sampler: str | None = None
+    spacing: Spacing | None = None
     recipe: dict[str, Any] = {}
     scores: dict[str, Any] = {}
     words: tuple[str, ...] | None = None

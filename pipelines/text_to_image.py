@@ -14,6 +14,7 @@ from autoencoder.tiling import decode_tiled
 from ldm.memory import keep_freed_memory
 from ldm.pictures import to_pil
 from ldm.samplers import StepInfo
+from ldm.schedule import Spacing
 from pipelines.denoising import make_guided
 from pipelines.errors import notice
 from pipelines.image_to_image import ImageSource, InitImage, Start, open_init, start_from
@@ -151,6 +152,7 @@ class TextToImagePipeline:
         clip_skip: int = 0,
         strict_tokens: bool = False,
         tiled: bool = False,
+        spacing: Spacing | None = None,
         guidance_interval: tuple[float, float] | None = None,
         reuse: int = 1,
         merge_tokens: float = 0.0,
@@ -176,6 +178,8 @@ class TextToImagePipeline:
             prompt_syntax, clip_skip: what the text means; see `text_encoder.prompt`.
             strict_tokens: refuse a prompt that would be cut, instead of saying what was cut.
             tiled: decode in tiles of 64 latents, one picture at a time, for large pictures in little memory.
+            spacing: of the steps' times; leading, trailing, linspace, karras or exponential, see
+                `NoiseSchedule.timesteps`; None is the model's own.
             guidance_interval: noise levels sigma / alpha above the first and up to the second alone are guided, and the
                 others cost half (`ldm.guidance.interval`).
             reuse: steps for which the U-Net's deep features are kept (`ldm.feature_reuse`); 1 is exact.
@@ -184,8 +188,6 @@ class TextToImagePipeline:
         Raises:
             ValueError: one line that names the argument and what is allowed, or says that the result is not finite.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type {output_type!r} is unknown; there are {', '.join(OUTPUT_TYPES)}")
         prompts = checked_prompts(prompt, num_images_per_prompt)
         copies = num_images_per_prompt
         init = open_init(image, mask_image, strength)
@@ -203,23 +205,51 @@ class TextToImagePipeline:
             syntax=prompt_syntax,
             clip_skip=clip_skip,
             tiled=tiled,
+            spacing=spacing,
             guidance_interval=guidance_interval,
             reuse=reuse,
             merge_tokens=merge_tokens,
         )
-        if self.inpaints and mask_image is None:
+        if init is not None and height is None and width is None:
+            init.tell_if_fitted(request.height, request.width)
+        return self.render(
+            request,
+            init,
+            seed=seed,
+            generator=generator,
+            latents=latents,
+            on_step=on_step,
+            strict_tokens=strict_tokens,
+            output_type=output_type,
+        )
+
+    def render(
+        self,
+        request: Request,
+        init: InitImage | None = None,
+        *,
+        seed: int = 0,
+        generator: Generator | Sequence[Generator] | None = None,
+        latents: Tensor | None = None,
+        on_step: Callable[[StepInfo], None] | None = None,
+        strict_tokens: bool = False,
+        output_type: Literal["pil", "pt", "latent"] = "pil",
+    ) -> TextToImageOutput:
+        """Renders a request of `self.request`, as a call does, with the same other arguments and errors."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type {output_type!r} is unknown; there are {', '.join(OUTPUT_TYPES)}")
+        self._check(request)
+        if self.inpaints and (init is None or init.mask is None):
             raise ValueError("this is an inpainting model; give an image and a mask, white where to paint")
         grid = self._time_grid(request)
-        generators, seeds = self._generators(len(prompts), seed, generator, latents is not None)
+        generators, seeds = self._generators(len(request.prompts), seed, generator, latents is not None)
         start = self._start(request, init, grid[0], generators, latents)
         contexts = self._encode(request, strict_tokens)
         self._give_notices(request)
-        if init is not None and height is None and width is None:
-            init.tell_if_fitted(request.height, request.width)
         latents = self._sample(request, contexts, start, grid, generators, on_step)
         if output_type == "latent":
             return TextToImageOutput(latents, seeds, request)
-        images = self._decode(latents, tiled)
+        images = self._decode(latents, request.tiled)
         return TextToImageOutput(images if output_type == "pt" else to_pil(images), seeds, request)
 
     def request(
@@ -253,9 +283,12 @@ class TextToImagePipeline:
             strength=None if init is None else init.strength,
             **others,
         )
-        request.check_steps(self.schedule.steps)
-        request.check_size(multiple)
+        self._check(request)
         return request
+
+    def _check(self, request: Request) -> None:
+        request.check_steps(self.schedule.steps)
+        request.check_size(max(8, self.autoencoder.downsampling_factor))
 
     @property
     def own_size(self) -> tuple[int, int]:
@@ -271,7 +304,9 @@ class TextToImagePipeline:
 
     def _time_grid(self, request: Request) -> Tensor:
         """The times of the steps that are made, and where the last of them ends."""
-        grid = self.model.scheduler.time_grid(self.schedule, request.steps, request.sampler)[request.first_step :]
+        spacing = request.spacing or self.settings.spacing
+        times = self.model.scheduler.time_grid(self.schedule, request.steps, request.sampler, spacing)
+        grid = times[request.first_step :]
         if request.strength is not None and len(grid) < 2:
             raise ValueError(
                 f"strength {request.strength:g} of {request.steps} steps leaves none to make; give more of either"

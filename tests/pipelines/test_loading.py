@@ -627,6 +627,25 @@ def test_the_time_grid_is_that_of_ddim(spacing: str, offset: int, to_one: bool) 
     assert config.time_grid(config.make_schedule(), 10, "ddpm")[-1] == -1
 
 
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
+def test_the_time_grid_by_noise_is_that_of_euler(spacing: str) -> None:
+    from diffusers import EulerDiscreteScheduler
+
+    stock = EulerDiscreteScheduler(**{f"use_{spacing}_sigmas": True})
+    stock.set_timesteps(10)
+    config = SchedulerConfig.from_diffusers_config(stock.config)
+    grid = config.time_grid(config.make_schedule(), 10, "euler")
+    assert config.spacing == spacing
+    assert torch.allclose(grid[:-1], stock.timesteps.double(), rtol=1e-3, atol=1e-3)
+    assert grid[-1] == -1
+    # a folder that ends at time 0 has that time in such a grid already
+    ends_at_zero = config.model_copy(update={"set_alpha_to_one": False})
+    assert torch.equal(ends_at_zero.time_grid(config.make_schedule(), 10, "ddim"), grid)
+    plain = config.model_copy(update={f"use_{spacing}_sigmas": False})
+    assert plain.spacing == "linspace"
+    assert torch.equal(plain.time_grid(config.make_schedule(), 10, "ddim", spacing), grid)
+
+
 def test_words() -> None:
     assert words_in("Two RED houses, 3 o'clock: une étoile_rouge!") == {
         "two", "red", "houses", "o'clock", "une", "étoile", "rouge"

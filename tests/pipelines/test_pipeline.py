@@ -110,6 +110,8 @@ PNDM = {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1, "t
         ("PNDMScheduler", PNDM, "diffusers:PNDMScheduler"),
         ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}, "dpm++"),
         ("UniPCMultistepScheduler", {"timestep_spacing": "trailing"}, "diffusers:UniPCMultistepScheduler"),
+        ("UniPCMultistepScheduler", {"use_karras_sigmas": True}, "diffusers:UniPCMultistepScheduler"),
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, "dpm++"),
         ("DDIMScheduler", {"timestep_spacing": "leading", "clip_sample": False, "steps_offset": 1}, "ddim"),
     ],
 )
@@ -134,6 +136,10 @@ def test_a_folder_s_own_scheduler_is_the_default(
     out = pipe(PROMPT, latents=noise, num_inference_steps=20, guidance_scale=4, output_type="latent")
     assert out.request.sampler == sampler
     assert (out.images - expected).abs().max() < 1e-3 * expected.abs().max().clamp(min=1)
+    pipe.save_pretrained(tmp_path / "saved")
+    saved = TextToImagePipeline.from_pretrained(tmp_path / "saved", "cpu", "float32")
+    again = saved(PROMPT, latents=noise, num_inference_steps=20, guidance_scale=4, output_type="latent")
+    assert torch.equal(again.images, out.images)
 
 
 def test_an_unknown_sampler_of_diffusers(pipe: TextToImagePipeline) -> None:
@@ -250,6 +256,7 @@ def test_what_is_asked_for_matters(pipe: TextToImagePipeline) -> None:
         {"guidance_scale": 2.0},
         {"guidance_rescale": 0.7},
         {"sampler": "ddpm"},
+        {"spacing": "karras"},
         {"eta": 1.0},
         {"seed": 1},
     ):
@@ -358,6 +365,10 @@ def test_text_that_is_cut_is_shown(pipe: TextToImagePipeline, capsys: pytest.Cap
         ({"guidance_rescale": 1.5}, "guidance rescale is 1.5"),
         ({"eta": -0.5}, "eta is -0.5"),
         ({"eta": 0.5, "sampler": "ddpm"}, "'ddpm' has no eta; leave it at 0 or use ddim"),
+        (
+            {"spacing": "magic"},
+            "spacing 'magic' is unknown; there are leading, trailing, linspace, karras, exponential$",
+        ),
         ({"sampler": "magic"}, "sampler 'magic' is unknown; there are ddim, ddpm"),
         ({"width": 100}, "width is 100, which is not a multiple of 8; the nearest is 96"),
         ({"height": 4}, "height is 4, which is not a multiple of 8; the nearest is 8"),

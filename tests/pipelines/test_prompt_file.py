@@ -1,7 +1,7 @@
 """A file of prompts becomes a folder of pictures, whatever happens on the way."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from PIL import Image
 from pipelines import TextToImagePipeline, prompt_file
 from pipelines.prompt_file import Done, device_of, open_folder, process_of, read_prompts, render_prompts
 from pipelines.replay import Record, replay
+from pipelines.request import Request
 
 TEXT = "# five\na red house\n\ntwo fish!\n a boat \na car\na moon\n"
 NAMES = ["00000-a-red-house-5", "00001-two-fish-6", "00002-a-boat-7", "00003-a-car-8", "00004-a-moon-9"]
@@ -35,15 +36,15 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The prompts of each call of the pipeline."""
+    """The prompts of each request that the pipeline renders."""
     calls: list[list[str]] = []
-    call = TextToImagePipeline.__call__
+    render = TextToImagePipeline.render
 
-    def counted(self: TextToImagePipeline, prompt: Sequence[str], **options: Any) -> Any:
-        calls.append(list(prompt))
-        return call(self, prompt, **options)
+    def counted(self: TextToImagePipeline, request: Request, *others: Any, **options: Any) -> Any:
+        calls.append(list(request.prompts))
+        return render(self, request, *others, **options)
 
-    monkeypatch.setattr(TextToImagePipeline, "__call__", counted)
+    monkeypatch.setattr(TextToImagePipeline, "render", counted)
     return calls
 
 
@@ -109,6 +110,7 @@ def test_a_line_may_differ_in_all_that_the_command_can_say(pipe: TextToImagePipe
         {"prompt": "a house", "seed": 3, "count": 2, "negative": "blue", "guidance": 2, "width": 72, "height": 56},
         {"prompt": "(a) house", "steps": 3, "sampler": "ddpm", "rescale": 0.5, "syntax": "weighted", "clip_skip": 1},
         {"prompt": "a house", "eta": 0.5, "sampler": "ddim", "guidance_interval": [1, 2.5], "reuse": 2, "seed": None},
+        {"prompt": "a fish", "spacing": "karras"},
         {"prompt": "a house", "init": "init.png", "mask": "mask.png", "strength": 0.5},
         {"prompt": "a house", "init": "init.png"},
     ]
@@ -119,13 +121,15 @@ def test_a_line_may_differ_in_all_that_the_command_can_say(pipe: TextToImagePipe
         "00001-a-house-4",
         "00002-a-house-7",
         "00003-a-house-8",
-        "00004-a-house-9",
+        "00004-a-fish-9",
         "00005-a-house-10",
+        "00006-a-house-11",
     ]
     records = [Record.read(path) for path in sorted(Path("out").iterdir())]
-    assert [record.negative for record in records] == ["ship", "blue", "blue", "ship", "ship", "ship", "ship"]
+    assert [record.negative for record in records] == ["ship", "blue", "blue", "ship", "ship", "ship", "ship", "ship"]
     default = {"steps": 2, "guidance": 7.5, "rescale": 0.0, "sampler": "ddim", "eta": 0.0, "width": 64, "height": 64}
     default |= {"syntax": "plain", "clip_skip": 0, "strength": None, "guidance_interval": None, "reuse": 1}
+    default |= {"spacing": None}
     for record, line in zip(records, [lines[0], lines[1], *lines[1:]], strict=True):
         given = {name: line[name] for name in default.keys() & line.keys()}
         if "guidance_interval" in given:
@@ -135,7 +139,7 @@ def test_a_line_may_differ_in_all_that_the_command_can_say(pipe: TextToImagePipe
         assert {name: getattr(record, name) for name in default} == {**default, **given}
     assert [record.init and record.init.file for record in records[-3:]] == [None, "init.png", "init.png"]
     assert [record.mask and record.mask.file for record in records[-3:]] == [None, "mask.png", None]
-    assert len({path.read_bytes() for path in Path("out").iterdir()}) == 7
+    assert len({path.read_bytes() for path in Path("out").iterdir()}) == 8
 
 
 def test_what_is_there_is_skipped(pipe: TextToImagePipeline, batches: list[list[str]]) -> None:

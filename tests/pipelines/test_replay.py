@@ -77,6 +77,7 @@ def test_the_record_tells_how_many_were_rendered_at_once(pipe: TextToImagePipeli
         {"prompt_syntax": "weighted", "clip_skip": 1, "prompt": "(a) house"},
         {"num_images_per_prompt": 3, "index": 2},
         {"num_inference_steps": 4, "guidance_interval": (0.5, 4.0), "reuse": 2, "merge_tokens": 0.5},
+        {"num_inference_steps": 4, "spacing": "karras"},
         {"prompt": ["a house", "two fish", "a boat"], "index": 1},
     ],
 )
