@@ -270,8 +270,7 @@ class TextToImagePipeline:
         Raises:
             ValueError: one line that names the argument and what is allowed.
         """
-        multiple = max(8, self.autoencoder.downsampling_factor)
-        own_height, own_width = self.own_size if init is None else init.size(height, width, multiple)
+        own_height, own_width = self.own_size if init is None else init.size(height, width, self.multiple)
         request = Request(
             prompts,
             negatives,
@@ -288,7 +287,12 @@ class TextToImagePipeline:
 
     def _check(self, request: Request) -> None:
         request.check_steps(self.schedule.steps)
-        request.check_size(max(8, self.autoencoder.downsampling_factor))
+        request.check_size(self.multiple)
+
+    @property
+    def multiple(self) -> int:
+        """Pixels that both sides of a picture are multiples of."""
+        return max(8, self.autoencoder.downsampling_factor)
 
     @property
     def own_size(self) -> tuple[int, int]:
