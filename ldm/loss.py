@@ -1,4 +1,4 @@
-"""The training objectives: the squared error, the variational bound and their hybrid.
+"""The training objectives: the squared error, the variational bound, their hybrid, and what a student owes its teacher.
 
 Each takes (network, x0, eps, t, context, schedule, prediction, ...) with x0 and eps [B, C, ...], t int64 [B] and
 context [B, L, D], runs the network once, and returns one loss per sample: [B], float32 or wider. A network with a
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm import posterior
 from ldm import prediction as predictions
-from ldm.denoiser import Estimate, Network
+from ldm.denoiser import Denoiser, Estimate, Network
 from ldm.posterior import Variance
 from ldm.prediction import Prediction
 from ldm.schedule import ForwardProcess, NoiseSchedule
@@ -104,6 +104,35 @@ def hybrid_loss(
     output, v = _run(network, x_t, t, context)
     bound = _whole_bound(output.detach(), v, x_t, x0, t, schedule, prediction, "learned", data)
     return _squared_error(output, x0, eps, t, schedule, prediction, min_snr_gamma) + BOUND_SHARE * bound
+
+
+def distillation_loss(
+    network: Network,
+    teacher: Denoiser,
+    x0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    context: Tensor,
+    schedule: ForwardProcess,
+    prediction: Prediction,
+) -> Tensor:
+    """The squared error of the network's output at x_t, where the teacher's estimate stands for the truth.
+
+    A teacher that is guided leaves a student that needs no guidance (Meng et al. 2023, arXiv 2210.03142, section 3.1,
+    at one fixed scale). The teacher is run without gradients, and its context is its own affair.
+
+    Raises:
+        ValueError: unknown prediction, eps prediction under zero terminal SNR, t out of range, or a network with a
+            learned variance, which this loss would leave untrained.
+    """
+    predictions.check(prediction, schedule.zero_terminal_snr)
+    x_t = schedule.add_noise(x0, eps, t)
+    output, v = _run(network, x_t, t, context)
+    _refuse_untrained(v, x0, "distil a network with a fixed variance")
+    alpha, sigma = schedule.coefficients(t, like=x0)
+    with torch.no_grad():
+        target = predictions.from_x0(prediction, teacher(x_t, t).x0, x_t.to(alpha.dtype), alpha, sigma)
+    return (output.to(target.dtype) - target).square().flatten(1).mean(1)
 
 
 def bound_term(

@@ -1,13 +1,13 @@
 """Where and how a module runs: device, dtype, memory layout, threads, compiled or as a CUDA graph."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ldm.denoiser import Denoiser, Estimate
+from ldm.hardware import fastest_dtype
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of CPU time, or max, in a period of so many
 DTYPES = {
@@ -44,9 +44,7 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
 
 
 def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The named dtype, or the fastest that renders well on the device.
-
-    bfloat16 wherever the hardware multiplies it natively, else float32 (float16 on an accelerator without bfloat16).
+    """The named dtype, or the fastest that renders well on the device (`ldm.hardware`).
 
     Raises:
         ValueError: no such dtype.
@@ -57,11 +55,7 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
         if name not in DTYPES:
             raise ValueError(f"dtype {name!r} is unknown; use {', '.join(sorted(set(DTYPES)))}")
         return DTYPES[name]
-    if device.type == "cpu":
-        return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16 if device.type in ("cuda", "xpu") else torch.float32
+    return fastest_dtype(device)
 
 
 def prepare(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -107,9 +101,3 @@ class CudaGraph:
         # The next replay overwrites the recorded estimate, and samplers look back.
         x0, v = self._estimate.x0, self._estimate.v
         return Estimate(x0.clone(), None if v is None else v.clone())
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    # torch before 2.11 cannot tell; float32 is then slower but right
-    capabilities: Mapping[str, bool | int] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from autoencoder.tiling import decode_tiled
-from ldm.memory import keep_freed_memory
+from ldm.hardware import keep_freed_memory
 from ldm.pictures import to_pil
 from ldm.samplers import StepInfo
 from ldm.schedule import Spacing

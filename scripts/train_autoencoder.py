@@ -3,14 +3,16 @@
     accelerate launch scripts/train_autoencoder.py --config scripts/configs/picturebook_autoencoder.yaml
 
 Writes `OUT/model/vae` in the published layout, its latents whitened to mean 0 and std 1 per channel. The same command
-again resumes; `--init FOLDER` starts from another model's autoencoder.
+again resumes; `--init FOLDER` starts from another model's autoencoder, and `--decoder_only true` leaves its latents as
+they are, so that a U-Net that was trained on them keeps its worth.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from sheet import to_images, write_sheet
 from torch import Tensor, nn
 
@@ -23,7 +25,8 @@ from ldm.training.command_line import parse_config
 from ldm.training.data import Batch, CaptionedImages, DataConfig
 from ldm.training.loop import LoopConfig, Training, apply_gradients, fit, make_accelerator, make_ema, make_optimizers
 from pipelines.errors import one_line_errors
-from pipelines.loading import load_autoencoder, save_part
+from pipelines.loading import load_autoencoder, load_model, save_model, save_part
+from pipelines.stored_model import INDEX
 
 
 class AdversaryConfig(BaseModel, frozen=True, extra="forbid"):
@@ -50,6 +53,14 @@ class AutoencoderTrainingConfig(BaseModel, frozen=True, extra="forbid"):
     codebook_weight: float = Field(1.0, ge=0)
     init: str | None = None
     """A model folder whose autoencoder, of the same architecture, to start from."""
+    decoder_only: bool = False
+    """Train what turns latents into pictures and nothing else: those of `init` stay as they are, to the bit."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.decoder_only and self.init is None:
+            raise ValueError("decoder_only goes with init: say whose latents to keep")
+        return self
 
 
 @dataclass
@@ -134,15 +145,15 @@ def whiten(autoencoder: Autoencoder | VQAutoencoder, images: CaptionedImages, co
 
 
 def make_autoencoder(config: AutoencoderTrainingConfig) -> Autoencoder | VQAutoencoder:
-    """A new autoencoder, unscaled, with the weights of `config.init` if there is one.
+    """A new autoencoder, unscaled, or that of `config.init`, all of it to be trained or the decoder only.
 
-    Raises ValueError if those are of another architecture than the config's.
+    Raises ValueError if that of `init` is of another architecture than the config's.
     """
     shape = (config.vq or config.model).model_copy(update={"scaling_factor": 1.0})
     autoencoder = VQAutoencoder(shape) if isinstance(shape, VQAutoencoderConfig) else Autoencoder(shape)
     if config.init is None:
         return autoencoder
-    theirs = load_autoencoder(Path(config.init) / "vae")
+    theirs = load_autoencoder(Path(config.init) / "vae").float()
     section, free = "vq" if config.vq else "model", {"sample_size", "scaling_factor", "force_upcast"}
     if type(theirs) is not type(autoencoder):
         kinds = type(theirs).__name__, type(autoencoder).__name__
@@ -152,8 +163,28 @@ def make_autoencoder(config: AutoencoderTrainingConfig) -> Autoencoder | VQAutoe
             raise ValueError(
                 f"init {config.init} has {name} {there}, but {section}.{name} is {wanted}: make them agree"
             )
+    if config.decoder_only:  # as it is, scaling factor included
+        theirs.requires_grad_(False)
+        for part in (theirs.post_quant_conv, theirs.decoder):
+            part.requires_grad_(True)
+        return theirs
     autoencoder.load_state_dict(theirs.state_dict())
     return autoencoder
+
+
+def save(config: AutoencoderTrainingConfig, autoencoder: Autoencoder | VQAutoencoder, images: CaptionedImages) -> None:
+    """Writes `OUT/model/vae`, its latents whitened; with `decoder_only` all of `init`, if it is a whole model."""
+    out = Path(config.loop.out) / "model"
+    if config.decoder_only:
+        assert config.init is not None
+        if (Path(config.init) / INDEX).is_file():
+            save_model(out, replace(load_model(config.init), autoencoder=autoencoder), torch.float16)
+            return
+    else:
+        mean, std = whiten(autoencoder, images, 2000)
+        measured = {"mean": mean.tolist(), "std": std.tolist()}
+        print("latents before whitening:", {name: [round(v, 3) for v in each] for name, each in measured.items()})
+    save_part(out / "vae", autoencoder)
 
 
 def train(config: AutoencoderTrainingConfig) -> None:
@@ -182,11 +213,7 @@ def train(config: AutoencoderTrainingConfig) -> None:
 
     training.on_sample = sheet
     if fit(training) == config.loop.steps and accelerator.is_main_process:
-        finished: Autoencoder | VQAutoencoder = ema.module
-        mean, std = whiten(finished, images, 2000)
-        save_part(Path(config.loop.out) / "model" / "vae", finished)
-        measured = {"mean": mean.tolist(), "std": std.tolist()}
-        print("latents before whitening:", {name: [round(v, 3) for v in each] for name, each in measured.items()})
+        save(config, ema.module, images)
     accelerator.end_training()
 
 

@@ -5,7 +5,8 @@
 Needs an autoencoder (`train_autoencoder.py`) and a text encoder (`train_clip.py`), or a whole model's folder for both.
 Without an autoencoder it trains on the pixels themselves.
 Writes `OUT/model`, which `ldm render --model` and diffusers take. The same command again resumes; `--init FOLDER`
-starts from another model's U-Net and text encoder.
+starts from another model's U-Net and text encoder. With `--objective.distill_guidance SCALE` it learns to do without
+guidance what that model does with it.
 """
 
 from pathlib import Path
@@ -19,8 +20,9 @@ from sheet import write_sheet
 from torch import Tensor, nn
 
 from autoencoder import IdentityAutoencoder, IdentityAutoencoderConfig
-from ldm.denoiser import Network
-from ldm.loss import Data, diffusion_loss, hybrid_loss, variational_bound
+from ldm.denoiser import Denoiser, Network, make_denoiser
+from ldm.guidance import classifier_free
+from ldm.loss import Data, diffusion_loss, distillation_loss, hybrid_loss, variational_bound
 from ldm.time_sampling import TimeSampler, draw, logit_normal
 from ldm.training import randomness
 from ldm.training.command_line import parse_config
@@ -31,6 +33,7 @@ from ldm.unet import UNet, UNetConfig
 from pipelines import TextToImagePipeline
 from pipelines.errors import one_line_errors
 from pipelines.loading import Model, load_autoencoder, load_text_encoder, load_unet, save_model
+from pipelines.runtime import prepare
 from pipelines.scheduler_config import SchedulerConfig
 from pipelines.settings import Settings, words_in
 from text_encoder import TextEncoder, Tokenizer
@@ -55,6 +58,9 @@ class ObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
     min_snr_gamma: float | None = Field(None, gt=0)
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """Share of captions that are replaced by the empty one, for classifier-free guidance; 1 ignores all captions."""
+    distill_guidance: float | None = Field(None, allow_inf_nan=False)
+    """Learn, in place of the data, what the model in `init` makes of it with guidance of this scale. What is written
+    wants guidance 1: one evaluation a step, where `init` needs two. Negative prompts mean nothing to it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -66,6 +72,8 @@ class ObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(
                 "min_snr_gamma weighs the squared error, which the loss 'bound' does not have: leave it out"
             )
+        if self.distill_guidance is not None and (self.loss != "simple" or self.min_snr_gamma is not None):
+            raise ValueError("distill_guidance is a loss of its own: leave out loss and min_snr_gamma")
         return self
 
 
@@ -112,6 +120,13 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
             raise ValueError("text_encoder_rate goes with train_text_encoder: true, or it says nothing")
         if self.cache_contexts and self.train_text_encoder:
             raise ValueError("cache_contexts goes with train_text_encoder: false, or the contexts would be out of date")
+        if self.objective.distill_guidance is not None:
+            if self.init is None:
+                raise ValueError("objective.distill_guidance goes with init: say whose guidance to learn")
+            if self.train_text_encoder:
+                raise ValueError(
+                    "objective.distill_guidance goes with train_text_encoder: false, for both must read alike"
+                )
         return self
 
 
@@ -154,11 +169,31 @@ def with_dropout(batch: Batch, seed: int, share: float) -> list[str]:
     return ["" if drop else caption for caption, drop in zip(batch.captions, dropped, strict=True)]
 
 
+class Teacher:
+    """The model in `init`, with guidance: `teacher(text)` is its denoiser, for the text that the student is given."""
+
+    def __init__(self, config: UNetTrainingConfig, text_encoder: TextEncoder, tokenizer: Tokenizer) -> None:
+        assert config.init is not None
+        assert config.objective.distill_guidance is not None
+        self.scale, self.text_encoder = config.objective.distill_guidance, text_encoder
+        device = next(text_encoder.parameters()).device
+        unet = load_unet(Path(config.init) / "unet")
+        prepare(unet, device, torch.float32)
+        self.denoise = make_denoiser(unet, config.scheduler.make_schedule(), config.scheduler.prediction)
+        self.nothing = tokenizer([""]).ids.to(device)
+
+    def __call__(self, text: Tensor) -> Denoiser:
+        """text is token ids [B,L] or the context [B,L,D] that they were encoded to."""
+        context = text if text.is_floating_point() else self.text_encoder(text)
+        uncond = self.text_encoder(self.nothing).to(context)
+        return classifier_free(self.denoise, context, uncond.expand_as(context), self.scale)
+
+
 class Objective:
     """The loss of a batch of x0, at the times that the config asks for. Its state is that of the times' sampler."""
 
-    def __init__(self, config: UNetTrainingConfig, accelerator: Accelerator) -> None:
-        self.config, self.accelerator = config, accelerator
+    def __init__(self, config: UNetTrainingConfig, accelerator: Accelerator, teacher: Teacher | None = None) -> None:
+        self.config, self.accelerator, self.teacher = config, accelerator, teacher
         self.schedule = config.scheduler.make_schedule()
         self.times = TimeSampler(self.schedule.steps)
         wanted = config.objective
@@ -187,6 +222,10 @@ class Objective:
     def losses(self, model: Network, x0: Tensor, eps: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """The loss of each sample at the given times: [B]."""
         objective, scheduler = self.config.objective, self.config.scheduler
+        if self.teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                guided = self.teacher(text)
+            return distillation_loss(model, guided, x0, eps, t, text, self.schedule, scheduler.prediction)
         inputs = model, x0, eps, t, text, self.schedule, scheduler.prediction
         data: Data = "8-bit" if self.config.autoencoder is None else "continuous"
         match objective.loss:
@@ -291,7 +330,8 @@ def train(config: UNetTrainingConfig) -> None:
         rate = config.loop.learning_rate * config.text_encoder_rate
         optimizers += make_optimizers(network.text_encoder, config.loop.model_copy(update={"learning_rate": rate}))
     model, *optimizers = accelerator.prepare(network, *optimizers)
-    objective = Objective(config, accelerator)
+    distils = config.objective.distill_guidance is not None
+    objective = Objective(config, accelerator, Teacher(config, text_encoder, tokenizer) if distils else None)
 
     def token_ids(captions: list[str]) -> Tensor:
         return tokenizer(captions).ids
@@ -300,7 +340,7 @@ def train(config: UNetTrainingConfig) -> None:
         """In the dtype that the U-Net is about to multiply it in, so that nothing is lost by the cache."""
         with accelerator.autocast():
             encoded: Tensor = network.text_encoder(token_ids(captions).to(accelerator.device))
-        return encoded.to(CONTEXT_DTYPES[config.loop.mixed_precision])
+        return encoded.to(CONTEXT_DTYPES[accelerator.mixed_precision])
 
     text_of = CachedContexts(context, captions) if config.cache_contexts else token_ids
 

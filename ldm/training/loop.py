@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from ldm.memory import keep_freed_memory
+from ldm.hardware import fastest_dtype, keep_freed_memory
 from ldm.training import checkpoint
 from ldm.training.data import Batch, CaptionedDataset, Share, micro_batches
 from ldm.training.muon import Muon, matrices
 
+AUTOMATIC = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
 MOST_SKIPPED = 10  # steps in a row whose gradient is not finite, before training gives up
 
 
@@ -48,7 +49,8 @@ class LoopConfig(BaseModel, frozen=True, extra="forbid"):
     """Per step."""
     ema_every: int = Field(1, ge=1)
     """Steps from one update of the average to the next; of 10, an average of 1000 steps hardly differs."""
-    mixed_precision: str = Field("bf16", pattern="^(no|bf16|fp16)$")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Auto: bf16 where the hardware multiplies it, else none (fp16 on a GPU without it)."""
     seed: int = Field(0, ge=0)
     log_every: int = Field(20, ge=1)
     sample_every: int = Field(1000, ge=1)
@@ -70,8 +72,9 @@ def learning_rate_factor(config: LoopConfig, step: int) -> float:
 def make_accelerator(config: LoopConfig) -> Accelerator:
     """An accelerator that logs to tensorboard under `out`; on a machine without a GPU it trains on the CPU."""
     Path(config.out).mkdir(parents=True, exist_ok=True)
+    precision = config.mixed_precision
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
+        mixed_precision=AUTOMATIC[fastest_dtype(PartialState().device)] if precision == "auto" else precision,
         gradient_accumulation_steps=config.gradient_accumulation,
         log_with="tensorboard",
         project_dir=config.out,

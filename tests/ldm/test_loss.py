@@ -6,8 +6,9 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from ldm import posterior, prediction
-from ldm.denoiser import Estimate
-from ldm.loss import bound_term, diffusion_loss, eps_weight, hybrid_loss, variational_bound
+from ldm.denoiser import Estimate, make_denoiser
+from ldm.guidance import classifier_free
+from ldm.loss import bound_term, diffusion_loss, distillation_loss, eps_weight, hybrid_loss, variational_bound
 from ldm.schedule import VPSDE, NoiseSchedule
 
 SCHEDULE = NoiseSchedule("scaled_linear")
@@ -112,6 +113,54 @@ def test_an_unknown_prediction_is_refused(data):
 def test_a_gamma_that_is_not_positive_is_refused(gamma, data):
     with pytest.raises(ValueError, match="min_snr_gamma is"):
         diffusion_loss(zero_network, *data, T, CONTEXT, SCHEDULE, "v", min_snr_gamma=gamma)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_a_student_is_held_to_what_its_teacher_makes_of_the_noisy_sample(prediction, data):
+    x0, eps = data
+    alpha, sigma = (value.float().reshape(4, 1, 1, 1) for value in SCHEDULE.at(T))
+    x_t, taught = SCHEDULE.add_noise(x0, eps, T), x0.flip(0) / 2
+    target = {"eps": (x_t - alpha * taught) / sigma, "x0": taught, "v": (alpha * x_t - taught) / sigma}[prediction]
+    seen = []
+
+    def teacher(x_t, t):
+        seen.append((x_t, t, torch.is_grad_enabled()))
+        return Estimate(taught)
+
+    loss = distillation_loss(zero_network, teacher, x0, eps, T, CONTEXT, SCHEDULE, prediction)
+    torch.testing.assert_close(loss, mean_square(target), rtol=1e-4, atol=1e-6)
+    assert torch.equal(seen[0][0], x_t)
+    assert (seen[0][1] is T, seen[0][2]) == (True, False)
+
+
+def test_a_student_of_a_guided_teacher_needs_no_guidance(data):
+    """v is linear in x0, so that what guidance makes of two outputs is an output."""
+    x0, eps = data
+    cond, uncond = torch.full((4, 1, 1), 2.0), torch.full((4, 1, 1), 0.5)
+
+    def network(x_t, t, context):
+        return context[..., None].tanh() * x_t
+
+    teacher = classifier_free(make_denoiser(network, ZERO_SNR, "v"), cond, uncond, scale=3.0)
+
+    def student(x_t, t, context):
+        return (3 * math.tanh(2.0) - 2 * math.tanh(0.5)) * x_t
+
+    loss = distillation_loss(student, teacher, x0, eps, T, cond, ZERO_SNR, "v")
+    torch.testing.assert_close(loss, torch.zeros(4), rtol=0, atol=1e-6)
+    untaught = distillation_loss(network, teacher, x0, eps, T, cond, ZERO_SNR, "v")
+    gap = 2 * (math.tanh(2.0) - math.tanh(0.5))
+    torch.testing.assert_close(untaught, gap**2 * mean_square(ZERO_SNR.add_noise(x0, eps, T)), rtol=1e-4, atol=0)
+
+
+def test_distillation_refuses_what_the_squared_error_refuses(data):
+    def teacher(x_t, t):
+        return Estimate(x_t)
+
+    with pytest.raises(ValueError, match="use v with zero terminal SNR"):
+        distillation_loss(zero_network, teacher, *data, T, CONTEXT, ZERO_SNR, "eps")
+    with pytest.raises(ValueError, match=r"learned variance, .*: distil a network with a fixed variance"):
+        distillation_loss(lambda x, t, c: torch.cat([x, x], 1), teacher, *data, T, CONTEXT, SCHEDULE, "eps")
 
 
 SIX = torch.tensor([0, 1, 2, 50, 500, 999])

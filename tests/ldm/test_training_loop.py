@@ -232,3 +232,15 @@ def test_a_batch_that_does_not_divide(tmp_path: Path) -> None:
     training, _ = start(configure(tmp_path, batch_size=5, gradient_accumulation=2))
     with pytest.raises(ValueError, match="batch_size 5 is not a multiple of 2"):
         fit(training)
+
+
+@pytest.mark.parametrize(
+    ("asked", "fastest", "taken"),
+    [("auto", torch.bfloat16, "bf16"), ("auto", torch.float32, "no"), ("bf16", torch.float32, "bf16")],
+)
+def test_precision_follows_from_the_hardware_unless_it_is_given(
+    asked: str, fastest: torch.dtype, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reset()
+    monkeypatch.setattr(loop, "fastest_dtype", lambda device: fastest)
+    assert make_accelerator(configure(tmp_path, mixed_precision=asked)).mixed_precision == taken

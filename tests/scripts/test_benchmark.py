@@ -174,7 +174,7 @@ def test_of_several_pictures_in_half_precision_the_median_counts() -> None:
 
 
 def test_working_memory_is_what_a_run_needs_at_most() -> None:
-    """In a process of its own: what other tests have freed and `ldm.memory` keeps would be used again, unseen."""
+    """In a process of its own: what other tests have freed and `ldm.hardware` keeps would be used again, unseen."""
     code = """
 import torch
 from benchmarking.timing import working_memory

@@ -1,6 +1,7 @@
 """Each training script, run for two steps, writes what it promises."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,36 @@ def test_autoencoder_goes_on_from_another(trained_autoencoder: Path, data_folder
         torch.testing.assert_close(after.encode(images), before.encode(images), atol=1e-2, rtol=1e-2)
         decoded = before.decode(before.encode(images))
         torch.testing.assert_close(after.decode(after.encode(images)), decoded, atol=1e-3, rtol=1e-3)
+
+
+def test_a_decoder_trained_alone_leaves_the_latents_as_they_are(
+    trained_unet: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """And the whole model that it came from is written with it, where it came from one."""
+    init, whole = tmp_path / "init", tmp_path / "whole"
+    shutil.copytree(trained_unet / "model", init)
+    scaled = json.loads((init / "vae" / "config.json").read_text()) | {"scaling_factor": 0.5}
+    (init / "vae" / "config.json").write_text(json.dumps(scaled))
+    config = autoencoder_config(whole, data_folder, init, steps=3, learning_rate=1e-2)
+    train_autoencoder.train(config.model_copy(update={"decoder_only": True}))
+    before, after = (load_file(f / "vae/diffusion_pytorch_model.safetensors") for f in (init, whole / "model"))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    assert load_autoencoder(whole / "model" / "vae").config.scaling_factor == 0.5
+    kept = "unet/diffusion_pytorch_model.safetensors"
+    assert (whole / "model" / kept).read_bytes() == (init / kept).read_bytes()
+
+    forget_accelerator()
+    part = tmp_path / "part"
+    (init / "model_index.json").unlink()
+    train_autoencoder.train(config.model_copy(update={"decoder_only": True, "loop": loop_config(part, steps=1)}))
+    assert [folder.name for folder in (part / "model").iterdir()] == ["vae"]
+
+
+def test_a_decoder_alone_needs_an_encoder_from_elsewhere(tmp_path: Path) -> None:
+    fields = {"data": {"path": str(tmp_path)}, "loop": loop_config(tmp_path), "decoder_only": True}
+    with pytest.raises(ValueError, match="decoder_only goes with init: say whose latents to keep"):
+        AutoencoderTrainingConfig(**fields)
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -436,6 +467,54 @@ def test_the_loss_on_held_out_pictures_is_logged(
         assert measured[-1][name] == pytest.approx(float(losses.mean()), rel=2e-2)  # the model is float16 on disk
 
 
+@pytest.mark.parametrize("whitened", [False, True])
+def test_a_student_learns_what_its_teacher_does_with_guidance(
+    whitened: bool, trained_autoencoder: Path, trained_clip: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """Both are the same network at first: what the student loses is what guidance changes."""
+
+    def trained(name: str, **changes: Any) -> list[dict[str, float]]:
+        forget_accelerator()
+        loop = {"steps": 12, "learning_rate": 2e-2, "sample_every": 12}
+        config = unet_config(
+            tmp_path / name,
+            data_folder,
+            trained_autoencoder,
+            trained_clip,
+            loop=loop_config(tmp_path / name, **loop),
+            **changes,
+        )
+        train_unet.train(config)
+        return log_of(tmp_path / name)
+
+    trained("teacher", train_text_encoder=False)
+    teacher = tmp_path / "teacher" / "model"
+    logged = trained(
+        "student",
+        init=str(teacher),
+        train_text_encoder=False,
+        whiten_contexts=whitened,
+        heldout=str(data_folder),
+        objective={"distill_guidance": 101.0, "caption_dropout": 0.0},
+    )
+    (measured, *_), (first, *_) = ([line[key] for line in logged if key in line] for key in ("heldout_loss", "loss"))
+
+    model = load_model(teacher)
+    rows = CaptionedImages(DataConfig(path=str(data_folder), size=32), 0)
+    count = len(rows)
+    latents = load_autoencoder(trained_autoencoder / "model" / "vae").float().encode(rows.images(0, count))
+    t = torch.tensor([int((i + 0.5) * 1000 / count) for i in range(count)])
+    x_t = model.scheduler.make_schedule().add_noise(
+        latents, randomness.normal(latents.shape[1:], 0, "heldout", 0, range(count)), t
+    )
+    with torch.no_grad():
+        contexts = [model.text_encoder.float()(model.tokenizer(words).ids) for words in (rows.captions(), [""] * count)]
+        told, untold = (model.unet.float()(x_t, t, context) for context in contexts)
+    expected = float((100 * (told - untold)).square().mean())
+    assert measured == pytest.approx(expected, rel=2e-2)
+    assert expected / 5 < first < expected * 5  # of 8 pictures at other times
+
+
 def test_an_init_may_lack_attention_but_be_of_no_other_shape(
     trained_clip: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -505,6 +584,10 @@ def test_logit_normal_times_are_drawn_from_it_and_not_weighed(
         ({"objective": {"loss": "bound", "min_snr_gamma": 5}}, "min_snr_gamma weighs the squared error"),
         ({"objective": {"logit_mean": 1.0}}, "logit_mean shifts times that are logit_normal, but times is uniform"),
         ({"text_encoder_rate": 0.1, "train_text_encoder": False}, "text_encoder_rate goes with train_text"),
+        ({"objective": {"distill_guidance": 3, "loss": "hybrid"}}, "distill_guidance is a loss of its own"),
+        ({"objective": {"distill_guidance": 3, "min_snr_gamma": 5}}, "distill_guidance is a loss of its own"),
+        ({"objective": {"distill_guidance": 3}}, "distill_guidance goes with init"),
+        ({"objective": {"distill_guidance": 3}, "init": "model"}, "distill_guidance goes with train_text_encoder: f"),
         ({"scheduler": {"variance_type": "learned_range"}}, "model.out_channels is 4, but must be 8"),
         ({"model": {**TINY_UNET, "out_channels": 8}}, "model.out_channels is 8, but must be 4"),
     ],

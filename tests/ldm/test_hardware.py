@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import torch
-from ldm.memory import keep_freed_memory
+from ldm.hardware import keep_freed_memory
 
 if "keep" in sys.argv:
     keep_freed_memory()
