@@ -1,6 +1,8 @@
 """Where and how a module runs: device, dtype, memory layout, threads, compiled or as a CUDA graph."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -63,6 +65,17 @@ def prepare(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None
     module.to(device=device, dtype=dtype)
     module.to(memory_format=torch.channels_last)
     module.eval().requires_grad_(False)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Within, a GPU convolves float32 as it is. By default cuDNN first rounds it to TF32, which has 10 bits."""
+    convolution = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, convolution.fp32_precision = convolution.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        convolution.fp32_precision = before
 
 
 def compile_in_place(module: nn.Module, device: torch.device) -> None:

@@ -25,6 +25,7 @@ from pipelines.runtime import (
     CudaGraph,
     compile_in_place,
     fit_threads_to_quota,
+    full_float32,
     pick_device,
     pick_dtype,
     prepare,
@@ -223,6 +224,7 @@ class TextToImagePipeline:
             output_type=output_type,
         )
 
+    @full_float32()
     def render(
         self,
         request: Request,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.denoiser import Denoiser, Estimate
+from ldm.samplers import StepInfo
 from pipelines import TextToImagePipeline, runtime
 from pipelines.runtime import CudaGraph
 
@@ -47,6 +48,21 @@ def test_a_compiled_pipeline_renders_the_same(
     assert list(ours.unet.state_dict()) == list(pipe.unet.state_dict())
     options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "pt"}
     assert torch.equal(ours("a red house", **options).images, pipe("a red house", **options).images)
+
+
+def test_float32_is_not_rounded_to_tf32_while_rendering(pipe: TextToImagePipeline) -> None:
+    convolution = torch.backends.cudnn.conv
+    before = convolution.fp32_precision
+    assert before != "ieee"
+    seen: list[str] = []
+
+    def stop(info: StepInfo) -> None:
+        seen.append(convolution.fp32_precision)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe("a red house", num_inference_steps=2, on_step=stop)
+    assert (seen, convolution.fp32_precision) == (["ieee"], before)
 
 
 def denoiser(seen: list[str]) -> Denoiser:
