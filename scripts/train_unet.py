@@ -10,20 +10,16 @@ guidance what that model does with it.
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import torch
-from accelerate import Accelerator
 from cached_encodings import CachedContexts, CaptionedLatents, cached_latents, sample_posterior
 from pydantic import BaseModel, Field, model_validator
 from sheet import write_sheet
 from torch import Tensor, nn
+from unet_objective import HeldOut, Objective, ObjectiveConfig, Teacher
 
 from autoencoder import IdentityAutoencoder, IdentityAutoencoderConfig
-from ldm.denoiser import Denoiser, Network, make_denoiser
-from ldm.guidance import classifier_free
-from ldm.loss import Data, diffusion_loss, distillation_loss, hybrid_loss, variational_bound
-from ldm.time_sampling import TimeSampler, draw, logit_normal
 from ldm.training import randomness
 from ldm.training.command_line import parse_config
 from ldm.training.data import Batch, CaptionedDataset, CaptionedImages, DataConfig
@@ -42,39 +38,7 @@ HELDOUT = 256
 """Pictures of `heldout` whose loss is measured."""
 WHITENED = 4096
 """Captions, at most, whose contexts' mean and covariance are measured."""
-CONTEXT_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class ObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
-    """What is learned."""
-
-    loss: Literal["simple", "hybrid", "bound"] = "simple"
-    """The squared error, the variational bound, or the first with a little of the second (`ldm/loss.py`)."""
-    times: Literal["uniform", "importance", "logit_normal"] = "uniform"
-    """Importance: more of the times at which the loss is large. Logit-normal: more of the middle of the path, where
-    shapes are made; this changes what is learned best (`ldm/time_sampling.py`)."""
-    logit_mean: float = Field(0.0, allow_inf_nan=False)
-    """Mean of the logit-normal times: the larger, the more of the noisy ones, where layouts and counts are settled."""
-    min_snr_gamma: float | None = Field(None, gt=0)
-    caption_dropout: float = Field(0.1, ge=0, le=1)
-    """Share of captions that are replaced by the empty one, for classifier-free guidance; 1 ignores all captions."""
-    distill_guidance: float | None = Field(None, allow_inf_nan=False)
-    """Learn, in place of the data, what the model in `init` makes of it with guidance of this scale. What is written
-    wants guidance 1: one evaluation a step, where `init` needs two. Negative prompts mean nothing to it."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.times != "logit_normal" and self.logit_mean != 0:
-            raise ValueError(
-                f"logit_mean shifts times that are logit_normal, but times is {self.times}: leave one of them out"
-            )
-        if self.loss == "bound" and self.min_snr_gamma is not None:
-            raise ValueError(
-                "min_snr_gamma weighs the squared error, which the loss 'bound' does not have: leave it out"
-            )
-        if self.distill_guidance is not None and (self.loss != "simple" or self.min_snr_gamma is not None):
-            raise ValueError("distill_guidance is a loss of its own: leave out loss and min_snr_gamma")
-        return self
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
@@ -169,112 +133,31 @@ def with_dropout(batch: Batch, seed: int, share: float) -> list[str]:
     return ["" if drop else caption for caption, drop in zip(batch.captions, dropped, strict=True)]
 
 
-class Teacher:
-    """The model in `init`, with guidance: `teacher(text)` is its denoiser, for the text that the student is given."""
-
-    def __init__(self, config: UNetTrainingConfig, text_encoder: TextEncoder, tokenizer: Tokenizer) -> None:
-        assert config.init is not None
-        assert config.objective.distill_guidance is not None
-        self.scale, self.text_encoder = config.objective.distill_guidance, text_encoder
-        device = next(text_encoder.parameters()).device
-        unet = load_unet(Path(config.init) / "unet")
-        prepare(unet, device, torch.float32)
-        self.denoise = make_denoiser(unet, config.scheduler.make_schedule(), config.scheduler.prediction)
-        self.nothing = tokenizer([""]).ids.to(device)
-
-    def __call__(self, text: Tensor) -> Denoiser:
-        """text is token ids [B,L] or the context [B,L,D] that they were encoded to."""
-        context = text if text.is_floating_point() else self.text_encoder(text)
-        uncond = self.text_encoder(self.nothing).to(context)
-        return classifier_free(self.denoise, context, uncond.expand_as(context), self.scale)
+def make_teacher(
+    config: UNetTrainingConfig, text_encoder: TextEncoder, tokenizer: Tokenizer, dtype: torch.dtype
+) -> Teacher | None:
+    """The model in `init`, whose guidance is to be distilled, if it is."""
+    scale = config.objective.distill_guidance
+    if scale is None:
+        return None
+    assert config.init is not None
+    device = next(text_encoder.parameters()).device
+    unet = load_unet(Path(config.init) / "unet")
+    prepare(unet, device, dtype)
+    return Teacher(unet, text_encoder, tokenizer([""]).ids.to(device), config.scheduler, scale)
 
 
-class Objective:
-    """The loss of a batch of x0, at the times that the config asks for. Its state is that of the times' sampler."""
-
-    def __init__(self, config: UNetTrainingConfig, accelerator: Accelerator, teacher: Teacher | None = None) -> None:
-        self.config, self.accelerator, self.teacher = config, accelerator, teacher
-        self.schedule = config.scheduler.make_schedule()
-        self.times = TimeSampler(self.schedule.steps)
-        wanted = config.objective
-        self.probabilities = logit_normal(self.schedule, wanted.logit_mean) if wanted.times == "logit_normal" else None
-        self.seen: list[tuple[Tensor, Tensor]] = []
-        """Times and losses of this step's micro-batches so far, over all processes."""
-        accelerator.register_for_checkpointing(self.times)
-
-    def __call__(self, model: Network, batch: Batch, x0: Tensor, text: Tensor) -> Tensor:
-        """The loss of each sample, weighted as its time was drawn: [B]. All else that is random is drawn here."""
-        seed, device = self.config.loop.seed, self.accelerator.device
-        eps = randomness.normal(x0.shape[1:], seed, "noise", batch.step, batch.positions)
-        t, weights = self._times(randomness.uniform(seed, "t", batch.step, batch.positions))
-        x0, eps, t, text = (v.to(device) for v in (x0, eps, t, text))
-        losses = self.losses(model, x0.contiguous(memory_format=torch.channels_last), eps, t, text)
-        if self.config.objective.times == "importance":
-            self._remember(t, losses.detach())
-        return losses * weights.to(losses)
-
-    def _times(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Times [B] and the weights of their losses [B]."""
-        if self.probabilities is not None:
-            return draw(self.probabilities, uniforms), torch.ones_like(uniforms)
-        return self.times.sample(uniforms)
-
-    def losses(self, model: Network, x0: Tensor, eps: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The loss of each sample at the given times: [B]."""
-        objective, scheduler = self.config.objective, self.config.scheduler
-        if self.teacher is not None:
-            with torch.no_grad(), self.accelerator.autocast():
-                guided = self.teacher(text)
-            return distillation_loss(model, guided, x0, eps, t, text, self.schedule, scheduler.prediction)
-        inputs = model, x0, eps, t, text, self.schedule, scheduler.prediction
-        data: Data = "8-bit" if self.config.autoencoder is None else "continuous"
-        match objective.loss:
-            case "simple":
-                return diffusion_loss(*inputs, objective.min_snr_gamma)
-            case "hybrid":
-                return hybrid_loss(*inputs, data, objective.min_snr_gamma)
-            case "bound":
-                return variational_bound(*inputs, "learned" if scheduler.learns_variance else "beta_tilde", data)
-
-    def _remember(self, t: Tensor, losses: Tensor) -> None:
-        self.seen.append(self.accelerator.gather((t, losses)))
-        if self.accelerator.sync_gradients:
-            # Only now, so that all of a step draws from the same probabilities, however it is divided.
-            self.times.update(*(torch.cat(parts) for parts in zip(*self.seen, strict=True)))
-            self.seen.clear()
-
-
-class HeldOut:
-    """Measures the loss on pictures that are not trained on: always with the same noise, at times spread evenly."""
-
-    def __init__(self, objective: Objective, tokenizer: Tokenizer) -> None:
-        config = objective.config
-        assert config.heldout is not None
-        self.objective = objective
-        images = CaptionedImages(config.data.model_copy(update={"path": config.heldout}), config.loop.seed)
-        count = min(HELDOUT, len(images))
-        captions = images.captions()[:count]
-        self.ids = tokenizer(captions).ids
-        self.x0 = images.images(0, count)
-        if config.autoencoder is not None:
-            device = objective.accelerator.device
-            moments = cached_latents(images, Path(config.autoencoder) / "vae", Path(config.loop.out), device)
-            self.x0 = moments[:count].float().chunk(2, dim=1)[0]
-        self.eps = randomness.normal(self.x0.shape[1:], config.loop.seed, "heldout", 0, range(count))
-        self.t = ((torch.arange(count) + 0.5) * objective.schedule.steps / count).long()
-
-    @torch.no_grad()
-    def __call__(self, model: Network) -> dict[str, float]:
-        ids = {"heldout_loss": self.ids, "heldout_loss_other_caption": self.ids.roll(1, 0)}
-        return {name: self._mean(model, some) for name, some in ids.items()}
-
-    def _mean(self, model: Network, ids: Tensor) -> float:
-        accelerator = self.objective.accelerator
-        losses = []
-        for some in zip(*(v.to(accelerator.device).split(32) for v in (self.x0, self.eps, self.t, ids)), strict=True):
-            with accelerator.autocast():
-                losses.append(self.objective.losses(model, *some))
-        return float(torch.cat(losses).mean())
+def make_heldout(config: UNetTrainingConfig, objective: Objective, tokenizer: Tokenizer) -> HeldOut:
+    """The first pictures of `heldout`, or their latents."""
+    assert config.heldout is not None
+    images = CaptionedImages(config.data.model_copy(update={"path": config.heldout}), config.loop.seed)
+    count = min(HELDOUT, len(images))
+    ids = tokenizer(images.captions()[:count]).ids
+    if config.autoencoder is None:
+        return HeldOut(objective, images.images(0, count), ids)
+    device = objective.accelerator.device
+    moments = cached_latents(images, Path(config.autoencoder) / "vae", Path(config.loop.out), device)
+    return HeldOut(objective, moments[:count].float().chunk(2, dim=1)[0], ids)
 
 
 def make_unet(config: UNetTrainingConfig, whitening: Whitening | None) -> UNet:
@@ -330,8 +213,15 @@ def train(config: UNetTrainingConfig) -> None:
         rate = config.loop.learning_rate * config.text_encoder_rate
         optimizers += make_optimizers(network.text_encoder, config.loop.model_copy(update={"learning_rate": rate}))
     model, *optimizers = accelerator.prepare(network, *optimizers)
-    distils = config.objective.distill_guidance is not None
-    objective = Objective(config, accelerator, Teacher(config, text_encoder, tokenizer) if distils else None)
+    dtype = DTYPES[accelerator.mixed_precision]
+    objective = Objective(
+        config.objective,
+        config.scheduler,
+        "8-bit" if config.autoencoder is None else "continuous",
+        config.loop.seed,
+        accelerator,
+        make_teacher(config, text_encoder, tokenizer, dtype),
+    )
 
     def token_ids(captions: list[str]) -> Tensor:
         return tokenizer(captions).ids
@@ -340,7 +230,7 @@ def train(config: UNetTrainingConfig) -> None:
         """In the dtype that the U-Net is about to multiply it in, so that nothing is lost by the cache."""
         with accelerator.autocast():
             encoded: Tensor = network.text_encoder(token_ids(captions).to(accelerator.device))
-        return encoded.to(CONTEXT_DTYPES[accelerator.mixed_precision])
+        return encoded.to(dtype)
 
     text_of = CachedContexts(context, captions) if config.cache_contexts else token_ids
 
@@ -376,7 +266,7 @@ def train(config: UNetTrainingConfig) -> None:
 
     training = Training(accelerator, config.loop, dataset, optimizers, train_step, averaged, on_sample=sheet)
     if config.heldout is not None and accelerator.is_main_process:
-        held_out = HeldOut(objective, tokenizer)
+        held_out = make_heldout(config, objective, tokenizer)
         followed = [ema.module for ema, _ in averaged]
         average = Conditioned(
             followed[0], followed[1] if config.train_text_encoder else network.text_encoder, whitening

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from cached_encodings import CaptionedLatents, sample_posterior
 from torch import Tensor, nn
-from train_unet import Objective, UNetTrainingConfig
+from train_unet import UNetTrainingConfig
+from unet_objective import Objective
 
 from benchmarking import rivals
 from benchmarking.workloads import Setup, Side, Sides, ours_like, size_of
@@ -54,7 +55,7 @@ def training_step(setup: Setup, folder: Path) -> Sides:
         network.to(memory_format=torch.channels_last)
         ema = make_ema(followed, config.loop).to(accelerator.device)
         model, *optimizers = accelerator.prepare(network, *make_optimizers(network, config.loop))
-        objective = Objective(config, accelerator)
+        objective = Objective(config.objective, config.scheduler, "continuous", config.loop.seed, accelerator)
 
         def train_step(batch: Batch) -> dict[str, Tensor]:
             x0 = sample_posterior(batch, config.loop.seed)

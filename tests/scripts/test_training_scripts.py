@@ -11,6 +11,7 @@ import torch
 import train_autoencoder
 import train_clip
 import train_unet
+import unet_objective
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import TINY_AUTOENCODER, TINY_CLIP, TINY_UNET, forget_accelerator
@@ -552,14 +553,14 @@ def test_logit_normal_times_are_drawn_from_it_and_not_weighed(
     trained_clip: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times: list[Tensor] = []
-    diffusion_loss = train_unet.diffusion_loss
+    diffusion_loss = unet_objective.diffusion_loss
 
     def recorded(*arguments: Any) -> Tensor:
         times.append(arguments[3])
         loss = diffusion_loss(*arguments)
         return loss + (1 - loss).detach()  # 1, with its gradient
 
-    monkeypatch.setattr(train_unet, "diffusion_loss", recorded)
+    monkeypatch.setattr(unet_objective, "diffusion_loss", recorded)
     config = unet_config(
         tmp_path,
         data_folder,
