@@ -1,7 +1,7 @@
 """Measure a model: caption accuracy, FID, KID, precision, recall, what the autoencoder loses; all with intervals.
 
     python scripts/evaluate.py [MODEL] [--prompts 500] [--guidance 3 1] [--report FILE.html] [--json FILE] [--record]
-    accelerate launch scripts/evaluate.py MODEL --data FOLDER --features inception:FILE | clip:FOLDER
+    accelerate launch scripts/evaluate.py MODEL --data FOLDER [--features inception:FILE | clip:FOLDER]
 
 Without `--data` the prompts are the captions of held-out picturebook scenes, and a judge reads back whether each
 picture shows what its caption states. With it they are the captions of a folder as training takes it, and the real
@@ -14,6 +14,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,13 @@ from torch import Tensor
 
 from ldm.pictures import as_tensor
 from pipelines import TextToImagePipeline
-from pipelines.errors import one_line_errors
+from pipelines.errors import notice, one_line_errors
 from pipelines.json_files import write_json
 from pipelines.prompt_file import device_of
 
 SEED = 2_000_001  # of the scenes that models are scored on; settings are chosen on other seeds
+JUDGE = "judge"
+"""The feature network that is always at hand. Of pictures from elsewhere it sees colours and shapes, and no more."""
 FEWEST = 8  # pictures: each half of the real ones needs more than `metrics.NEIGHBOURS`
 
 
@@ -149,7 +152,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", nargs="?", help="model folder; by default the built-in model")
     parser.add_argument("--data", type=Path, help="folder of images with metadata.jsonl, instead of the picturebook")
-    parser.add_argument("--features", help=f"feature network: judge (the picturebook's default), judge-things, {HOW}")
+    parser.add_argument("--features", help=f"feature network: judge (the default), judge-things, {HOW}")
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--seed", type=int, help="of the picturebook; choose settings on another one than the default")
     parser.add_argument("--steps", type=int, help="by default the model's own")
@@ -175,13 +178,7 @@ def check(args: argparse.Namespace) -> None:
     for option, file in (("--report", args.report), ("--json", args.json)):
         if file is not None and not file.parent.is_dir():
             raise ValueError(f"{option} {file}: folder {file.parent} does not exist; make it first")
-    if args.data is None:
-        return
-    if args.features is None:
-        raise ValueError(f"--data needs a feature network that knows such pictures: --features {HOW}")
-    if args.features in ("judge", "judge-things"):
-        raise ValueError(f"--features {args.features} knows the picturebook alone; with --data give {HOW}")
-    if args.seed is not None:
+    if args.data is not None and args.seed is not None:
         raise ValueError("--seed draws picturebook scenes; with --data the prompts are the folder's first captions")
 
 
@@ -199,7 +196,10 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     if request.width != request.height:
         raise ValueError(f"this model makes {request.width}x{request.height}; only square pictures are evaluated")
-    network = open_network(args.features or "judge", pipe.device)
+    network = open_network(args.features or JUDGE, pipe.device)
+    if args.data is not None and network.name.startswith(JUDGE):
+        network = replace(network, classes=None)  # those of another world
+        notice(f"the judge's features serve to compare models of this folder alone; other --features are {HOW}")
     seed = SEED if args.seed is None else args.seed
     if args.data is None:
         real = from_picturebook(args.prompts, seed, request.width)

@@ -28,7 +28,7 @@ from ldm.training.whitening import Whitening
 from ldm.unet import UNet, UNetConfig
 from pipelines import TextToImagePipeline
 from pipelines.errors import one_line_errors
-from pipelines.loading import Model, load_autoencoder, load_text_encoder, load_unet, save_model
+from pipelines.loading import Model, load_autoencoder, load_model, load_text_encoder, load_unet, save_model
 from pipelines.runtime import prepare
 from pipelines.scheduler_config import SchedulerConfig
 from pipelines.settings import Settings, words_in
@@ -38,6 +38,15 @@ HELDOUT = 256
 """Pictures of `heldout` whose loss is measured."""
 WHITENED = 4096
 """Captions, at most, whose contexts' mean and covariance are measured."""
+PROCESS = (
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
+"""What a scheduler says that a teacher and its student must have alike."""
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -65,7 +74,7 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
     heldout: str | None = None
     """Pictures that are not trained on, given as `data.path` is. Before the first step and with each sample sheet the
     averaged network's loss on the first 256 is logged, with their own captions and with others': the difference is what
-    the words are worth."""
+    the words are worth. A student's is how far it is from its teacher, whatever the caption."""
     init: str | None = None
     """A model folder whose U-Net and text encoder to start from."""
 
@@ -136,15 +145,24 @@ def with_dropout(batch: Batch, seed: int, share: float) -> list[str]:
 def make_teacher(
     config: UNetTrainingConfig, text_encoder: TextEncoder, tokenizer: Tokenizer, dtype: torch.dtype
 ) -> Teacher | None:
-    """The model in `init`, whose guidance is to be distilled, if it is."""
+    """The model in `init`, whose guidance is to be distilled, if it is.
+
+    Raises ValueError if its noise, or what it predicts, is not the config's.
+    """
     scale = config.objective.distill_guidance
     if scale is None:
         return None
     assert config.init is not None
+    model = load_model(config.init)
+    for name in PROCESS:
+        there, wanted = getattr(model.scheduler, name), getattr(config.scheduler, name)
+        if there != wanted:
+            raise ValueError(
+                f"init {config.init} has {name} {there}, but scheduler.{name} is {wanted}: make them agree"
+            )
     device = next(text_encoder.parameters()).device
-    unet = load_unet(Path(config.init) / "unet")
-    prepare(unet, device, dtype)
-    return Teacher(unet, text_encoder, tokenizer([""]).ids.to(device), config.scheduler, scale)
+    prepare(model.unet, device, dtype)
+    return Teacher(model.unet, text_encoder, tokenizer([""]).ids.to(device), model.scheduler, scale)
 
 
 def make_heldout(config: UNetTrainingConfig, objective: Objective, tokenizer: Tokenizer) -> HeldOut:

@@ -192,6 +192,21 @@ def test_with_data_of_ones_own(run: Run, data_folder: Path, tmp_path: Path) -> N
         run(*options)
 
 
+def test_data_of_ones_own_need_no_other_network_than_the_judge(
+    tiny: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data", data_folder, "--prompts", 8, "--device", "cpu", "--dtype", "float32"]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", str(tiny), *map(str, options)])
+    evaluate.main()
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["features"]["network"] == "judge"
+    assert result["fid"]["intervals"].keys() >= {"real against reconstructions", "real against generated, guidance 2"}
+    assert not {"inception-style score", "controls", "world"} & result.keys()
+    assert "classes" not in result["features"]
+    assert "notice: the judge's features serve to compare models of this folder alone" in err
+
+
 def test_the_cache_knows_what_it_is_of(data_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     shutil.copytree(data_folder, folder)
@@ -312,9 +327,7 @@ def fails(run: Run, capsys: pytest.CaptureFixture[str], *options: Any) -> str:
         (("--bits", 9), "--bits is 9; give a number from 0 to the 8 of --prompts"),
         (("--report", "none/report.html"), "folder none does not exist; make it first"),
         (("--json", "none/result.json"), "folder none does not exist; make it first"),
-        (("--data", "x"), "--data needs a feature network that knows such pictures: --features inception:FILE"),
-        (("--data", "x", "--features", "judge"), "--features judge knows the picturebook alone"),
-        (("--data", "x", "--features", "judge-things"), "--features judge-things knows the picturebook alone"),
+        (("--data", "x"), "data folder x does not exist"),
         (("--data", "x", "--features", "clip:y", "--seed", 1), "--seed draws picturebook scenes"),
         (("--features", "clip:y"), "folder y does not exist"),
         (("--steps", 0), "steps is 0"),

@@ -516,6 +516,23 @@ def test_a_student_learns_what_its_teacher_does_with_guidance(
     assert expected / 5 < first < expected * 5  # of 8 pictures at other times
 
 
+def test_a_teacher_of_other_noise_is_refused(
+    trained_unet: Path, trained_clip: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    config = unet_config(
+        tmp_path,
+        data_folder,
+        trained_unet,
+        trained_clip,
+        init=str(trained_unet / "model"),
+        train_text_encoder=False,
+        objective={"distill_guidance": 3.0},
+        scheduler={**ZERO_SNR, "beta_end": 0.5},
+    )
+    with pytest.raises(ValueError, match=r"has beta_end 0.02, but scheduler.beta_end is 0.5: make them agree"):
+        train_unet.train(config)
+
+
 def test_an_init_may_lack_attention_but_be_of_no_other_shape(
     trained_clip: Path, data_folder: Path, tmp_path: Path
 ) -> None:
