@@ -76,14 +76,17 @@ class VectorQuantizer(nn.Module):
 
 
 def unit_noise(like: Tensor, generator: Generators) -> Tensor:
-    """Unit noise of a posterior's shape, drawn in float32 on the CPU, from one generator or one for each picture.
+    """Unit noise of a posterior's shape, drawn in float32 where the generator is: from one, or one for each picture.
+    For one picture each of several generators draws, so that there are as many samples of it.
 
-    Raises ValueError if there are not as many generators as pictures.
+    Raises ValueError if several pictures have another number of generators.
     """
+
+    def draw(one: torch.Generator, shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=one, device=one.device).to(like.device, like.dtype)
+
     if isinstance(generator, torch.Generator):
-        noise = torch.randn(like.shape, generator=generator)
-    elif len(generator) == len(like):
-        noise = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generator])
-    else:
+        return draw(generator, like.shape)
+    if len(like) not in (1, len(generator)):
         raise ValueError(f"{len(generator)} generators for {len(like)} images: give one, or one for each")
-    return noise.to(like.device, like.dtype)
+    return torch.stack([draw(one, like.shape[1:]) for one in generator])

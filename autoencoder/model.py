@@ -4,7 +4,7 @@ images [B,3,H,W] in [-1,1] -> latents [B,C,H/f,W/f] -> images, f = 2 ** (levels 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +13,24 @@ from torch import Tensor, nn
 
 from autoencoder.bottleneck import DiagonalGaussian, Generators, unit_noise
 
+Count = Annotated[int, Field(ge=1, le=65536)]
+
 
 class CoderConfig(BaseModel, frozen=True):
     """What the configs of all autoencoders say of encoder and decoder, in diffusers' names."""
 
-    in_channels: int = Field(3, ge=1)
-    out_channels: int = Field(3, ge=1)
-    block_out_channels: tuple[int, ...] = Field((64,), min_length=1)
+    in_channels: Count = 3
+    out_channels: Count = 3
+    block_out_channels: Annotated[tuple[Count, ...], Field(min_length=1, max_length=16)] = (64,)
     down_block_types: tuple[Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"], ...] = ("DownEncoderBlock2D",)
     up_block_types: tuple[Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
     layers_per_block: int = Field(1, ge=1, le=16)
     act_fn: Literal["silu"] = "silu"
-    latent_channels: int = Field(4, ge=1)
-    norm_num_groups: int = Field(32, ge=1)
+    latent_channels: Count = 4
+    norm_num_groups: Count = 32
     sample_size: int | tuple[int, ...] = 32
     scaling_factor: float = Field(0.18215, gt=0, allow_inf_nan=False)
-    force_upcast: bool = True  # concerns float16 alone, which no autoencoder is run in
+    force_upcast: bool = True  # concerns float16 alone, where overflow is found out when it happens
     mid_block_add_attention: bool = True
 
     @model_validator(mode="after")
@@ -290,7 +292,8 @@ class Autoencoder(nn.Module):
         return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(images)))
 
     def encode(self, images: Tensor, generator: Generators | None = None) -> Tensor:
-        """Latents [B,C,h,w], scaled: the posterior's mode; with a generator (one, or one for each picture) a sample.
+        """Latents [B,C,h,w], scaled: the posterior's mode; with a generator (one, or one for each picture) a sample, or
+        of one picture as many as there are generators.
 
         Raises ValueError if the number of generators is not the number of pictures.
         """

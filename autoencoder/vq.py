@@ -19,7 +19,7 @@ class VQAutoencoderConfig(CoderConfig, frozen=True):
     """The fields of diffusers' `VQModel` config; what is not supported must keep its neutral value."""
 
     latent_channels: int = Field(3, ge=1)
-    num_vq_embeddings: int = Field(256, ge=1)
+    num_vq_embeddings: int = Field(256, ge=1, le=2**20)
     vq_embed_dim: int | None = None
     norm_type: Literal["group"] = "group"
     lookup_from_codebook: Literal[False] = False  # for models of indices, whose decoder is given no latents

@@ -68,6 +68,8 @@ class ConditionalDenoiser:
             like = x_t
         if isinstance(context, Tensor):
             context = context.to(like)
+        if like.device.type == "mps":
+            t = t.float()  # it has no float64
         output = self.network(x_t.to(like), t.to(like.device).expand(len(x_t)), context).to(x_t.device)
         v = None
         if output.shape == (len(x_t), 2 * x_t.shape[1], *x_t.shape[2:]):

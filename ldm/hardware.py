@@ -1,11 +1,14 @@
-"""What the machine is best at: the number format that it multiplies, and what becomes of memory that is freed."""
+"""What suits the machine: the number format that it multiplies, how many threads, what becomes of freed memory."""
 
 import ctypes
+import math
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of CPU time, or max, in a period of so many
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # in malloc.h
 
 
@@ -20,6 +23,13 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def fit_threads_to_quota() -> None:
+    """Runs no more threads than a container's quota of CPU time keeps busy; torch itself counts the machine's cores."""
+    quota, period = CPU_QUOTA.read_text().split() if CPU_QUOTA.is_file() else ("max", "")
+    if quota != "max":
+        torch.set_num_threads(min(torch.get_num_threads(), math.ceil(int(quota) / int(period))))
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:

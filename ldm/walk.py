@@ -116,8 +116,8 @@ def estimate_at(denoise: Denoiser, x: Tensor, t: float) -> Estimate:
 
 
 def times_for(x: Tensor, t: float) -> Tensor:
-    """t once for each of x [B, ...]: float64 [B], on its device."""
-    return torch.full((len(x),), t, dtype=torch.float64, device=x.device)
+    """t once for each of x [B, ...]: float64 [B], on its device; on the CPU for an Apple GPU, which has no float64."""
+    return torch.full((len(x),), t, dtype=torch.float64, device="cpu" if x.device.type == "mps" else x.device)
 
 
 def finite(values: Tensor, name: str) -> Tensor:

@@ -180,7 +180,10 @@ def render(
         return
     assert prompt is not None
     from pipelines.png import check_writable
+    from pipelines.request import MAX_PICTURES
 
+    if count > MAX_PICTURES:
+        raise ValueError(f"count is {count}; give at most {MAX_PICTURES}")
     paths = output_paths(output, prompt, seed, count)
     for path in paths:
         check_writable(path)

@@ -32,7 +32,7 @@ def fetch(source: str) -> Path:
         pass  # not in the cache
     try:
         return Path(snapshot_download(name, allow_patterns=PATTERNS))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # beside OSError, whatever the library's own HTTP client happens to raise
         raise ValueError(f"{source} is not in the cache and cannot be downloaded: {one_line(error)}") from None
 
 

@@ -75,6 +75,8 @@ def open_init(image: ImageSource | None, mask: ImageSource | None, strength: flo
         return None
     if strength is None:
         strength = STRENGTH if mask is None else STRENGTH_UNDER_MASK
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength}; give a number from 0 to 1")
     return InitImage(open_picture(image, "image"), None if mask is None else open_picture(mask, "mask"), strength)
 
 

@@ -45,7 +45,7 @@ def read_record(path: Path) -> dict[str, Any]:
             record = json.loads(image.info[RECORD_CHUNK])
     except KeyError:
         raise ValueError(f"{path} does not say how it was made") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no readable picture with a record: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{path} holds a broken record")

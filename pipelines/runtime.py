@@ -1,9 +1,7 @@
-"""Where and how a module runs: device, dtype, memory layout, threads, compiled or as a CUDA graph."""
+"""Where and how a module runs: device, dtype, memory layout, compiled or as a CUDA graph."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +9,6 @@ from torch import Tensor, nn
 from ldm.denoiser import Denoiser, Estimate
 from ldm.hardware import fastest_dtype
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of CPU time, or max, in a period of so many
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -83,13 +80,6 @@ def compile_in_place(module: nn.Module, device: torch.device) -> None:
     module.compile(dynamic=False, mode="max-autotune-no-cudagraphs" if device.type == "cuda" else "default")
 
 
-def fit_threads_to_quota() -> None:
-    """Runs no more threads than a container's quota of CPU time keeps busy; torch itself counts the machine's cores."""
-    quota, period = CPU_QUOTA.read_text().split() if CPU_QUOTA.is_file() else ("max", "")
-    if quota != "max":
-        torch.set_num_threads(min(torch.get_num_threads(), math.ceil(int(quota) / int(period))))
-
-
 class CudaGraph:
     """A denoiser whose kernels a GPU is given all at once: below a batch of about 4 it is faster than its host.
 
@@ -106,11 +96,13 @@ class CudaGraph:
             return self._denoise(x_t, t)
         if self._calls == 2:
             self._x_t, self._t, self._graph = x_t.clone(), t.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            stream = torch.cuda.Stream(x_t.device)  # type: ignore[no-untyped-call]
+            with torch.cuda.graph(self._graph, stream=stream):
                 self._estimate = self._denoise(self._x_t, self._t)
         self._x_t.copy_(x_t)
         self._t.copy_(t)
-        self._graph.replay()
+        with torch.cuda.device(x_t.device):
+            self._graph.replay()
         # The next replay overwrites the recorded estimate, and samplers look back.
         x0, v = self._estimate.x0, self._estimate.v
         return Estimate(x0.clone(), None if v is None else v.clone())

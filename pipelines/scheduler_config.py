@@ -24,6 +24,13 @@ ENDS_AT_ZERO = ("ddim", "diffusers:PNDMScheduler")
 """The samplers that know `set_alpha_to_one: false`."""
 BY_NOISE: tuple[Spacing, ...] = ("karras", "exponential")
 """Spacings of the noise level, which reach time 0 themselves."""
+SOLVERS: dict[str, tuple[Any, ...]] = {
+    "solver_order": (2,),
+    "solver_type": ("midpoint", "bh2", "logrho"),
+    "algorithm_type": ("dpmsolver++", "deis"),
+    "predict_x0": (True,),
+}
+"""The defaults of diffusers' solvers, with which they are driven."""
 SCHEDULES: dict[str, ScheduleKind] = {
     "linear": "linear",
     "scaled_linear": "scaled_linear",
@@ -86,6 +93,14 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore", validate_by_name=T
     def _check_betas(self) -> Self:
         if self.beta_end < self.beta_start:
             raise ValueError(f"beta_end {self.beta_end} is below beta_start {self.beta_start}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_solver(self) -> Self:
+        if self.sampler.startswith("diffusers:"):
+            for name, known in SOLVERS.items():
+                if (value := getattr(self, name)) not in (None, *known):
+                    raise ValueError(f"{name} {value!r} of {self.class_name} is not supported; null is its default")
         return self
 
     @classmethod
@@ -161,7 +176,9 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore", validate_by_name=T
             return grid
         # the last step goes to time 0, and is no step at all from there
         clean_is_zero = grid.clamp(min=0)
-        return clean_is_zero[:-1] if clean_is_zero[-2] == 0 else clean_is_zero
+        if clean_is_zero[-2] > 0:
+            return clean_is_zero
+        return clean_is_zero[:-1] if len(grid) > 2 else grid  # a single step at time 0 can only end clean
 
 
 _COMMON_FIELDS = (

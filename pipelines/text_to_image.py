@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from autoencoder.tiling import decode_tiled
-from ldm.hardware import keep_freed_memory
+from ldm.hardware import fit_threads_to_quota, keep_freed_memory
 from ldm.pictures import to_pil
 from ldm.samplers import StepInfo
 from ldm.schedule import Spacing
@@ -24,7 +24,6 @@ from pipelines.request import MAX_SEED, Request, checked_negatives, checked_prom
 from pipelines.runtime import (
     CudaGraph,
     compile_in_place,
-    fit_threads_to_quota,
     full_float32,
     pick_device,
     pick_dtype,
@@ -64,7 +63,7 @@ class TextToImagePipeline:
     ) -> None:
         """Readies the model's modules in place. Raises ValueError for a device or dtype that cannot be had."""
         self.device = pick_device(device)
-        self.dtype = pick_dtype(dtype, self.device)
+        self.dtype = self.autoencoder_dtype = pick_dtype(dtype, self.device)
         self.model = model
         self.unet, self.autoencoder, self.text_encoder = model.unet, model.autoencoder, model.text_encoder
         self.tokenizer, self.settings = model.tokenizer, model.settings
@@ -241,6 +240,8 @@ class TextToImagePipeline:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r} is unknown; there are {', '.join(OUTPUT_TYPES)}")
         self._check(request)
+        if self.compiled and (request.reuse > 1 or request.merge_tokens > 0 or request.tiled):
+            raise ValueError("reuse, merge tokens and tiled do not go with compile; leave out one or the other")
         if self.inpaints and (init is None or init.mask is None):
             raise ValueError("this is an inpainting model; give an image and a mask, white where to paint")
         grid = self._time_grid(request)
@@ -359,9 +360,8 @@ class TextToImagePipeline:
     @torch.no_grad()
     def _encode_image(self, image: Tensor, generators: Generator | list[Generator], count: int) -> Tensor:
         """Latents float32 [N,C,h,w] of one image [1,3,H,W]; with a single generator one sample serves all pictures."""
-        image = image.to(self.device, self.dtype)
-        each = [generators] if isinstance(generators, Generator) else generators
-        latents = torch.cat([self.autoencoder.encode(image, one).float() for one in each])
+        image = image.to(self.device, self.autoencoder_dtype)
+        latents = self.autoencoder.encode(image, generators).float()
         _refuse_non_finite(latents, "the image's latents")
         return latents.expand(count, -1, -1, -1)
 
@@ -384,6 +384,10 @@ class TextToImagePipeline:
             seen = {*self.settings.words, *(["break"] if request.syntax == "weighted" else [])}
             if unseen := sorted({word for text in texts for word in words_in(text)} - seen):
                 notice(f"the model never saw these words: {', '.join(unseen)}")
+        if request.guidance < 1:
+            notice(
+                f"guidance {request.guidance:g} leads away from the prompt; 1 is unguided, which diffusers calls 0 too"
+            )
         own = self.own_size
         if any(
             not 1 / FAR < side / at_home < FAR
@@ -438,11 +442,17 @@ class TextToImagePipeline:
 
     @torch.no_grad()
     def _decode(self, latents: Tensor, tiled: bool) -> Tensor:
+        """Images [N,3,H,W] in [0,1]. Where float16 is too narrow for the autoencoder, it goes on in float32."""
         decode = (
             partial(decode_tiled, self.autoencoder, tile=TILE, overlap=OVERLAP) if tiled else self.autoencoder.decode
         )
-        parts = torch.split(latents.to(self.dtype), 1 if tiled else BATCH)
-        images = torch.cat([decode(some).float() for some in parts])
+        parts = torch.split(latents, 1 if tiled else BATCH)
+        images = torch.cat([decode(some.to(self.autoencoder_dtype)).float() for some in parts])
+        if self.autoencoder_dtype == torch.float16 and not bool(images.isfinite().all()):
+            notice("this autoencoder's values exceed float16; it decodes in float32")
+            self.autoencoder_dtype = torch.float32
+            self.autoencoder.float()
+            return self._decode(latents, tiled)
         _refuse_non_finite(images, "the decoded images")
         return (images / 2 + 0.5).clamp(0, 1)
 

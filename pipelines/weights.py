@@ -135,7 +135,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no dictionary of tensors")
     inner = found.get("state_dict", found)
-    tensors = {name: value for name, value in inner.items() if isinstance(value, Tensor)}
+    if not isinstance(inner, dict):
+        raise ValueError(f"{path} holds no dictionary of tensors")
+    tensors = {name: value for name, value in inner.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if isinstance(step := found.get("global_step"), int):
         tensors["global_step"] = torch.tensor(step)
     return tensors

@@ -14,6 +14,8 @@ from ldm.training import randomness
 from ldm.training.data import Batch, CaptionedDataset, CaptionedImages, Place
 from pipelines.loading import load_autoencoder
 from pipelines.runtime import pick_dtype, prepare
+from pipelines.stored_model import MODULE_STEM
+from pipelines.weights import files_of, find_weights
 
 
 class CaptionedLatents(CaptionedDataset):
@@ -50,13 +52,21 @@ def encode_all(images: CaptionedImages, folder: Path, device: torch.device) -> T
 
 
 def cached_latents(images: CaptionedImages, vae: Path, cache: Path, device: torch.device) -> Tensor:
-    """`encode_all`, kept in a file named by the autoencoder's weights, the data and their fingerprint."""
-    weights = (vae / "diffusion_pytorch_model.safetensors").read_bytes()
-    key = f"{hashlib.sha256(weights).hexdigest()}/{images.config.path}/{images.config.size}/{images.rows._fingerprint}"
-    file = cache / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    """`encode_all`, kept in a file named by the autoencoder, its dtype, the data and their fingerprint.
+
+    Raises ValueError if there are latents that are not finite.
+    """
+    key = hashlib.sha256(f"{images.config.path}/{images.config.size}/{images.rows._fingerprint}".encode())
+    key.update(str(pick_dtype(None, device)).encode())
+    for path in (vae / "config.json", *files_of(find_weights(vae, MODULE_STEM))):
+        key.update(path.read_bytes())
+    file = cache / f"latents-{key.hexdigest()[:16]}.safetensors"
     if not file.exists():
+        moments = encode_all(images, vae, device)
+        if not bool(moments.chunk(2, dim=1)[0].isfinite().all()):  # log-variances of VQ latents are not
+            raise ValueError(f"{vae} makes latents that are not finite: use another autoencoder")
         staged = file.with_suffix(".tmp")
-        save_file({"moments": encode_all(images, vae, device)}, staged)
+        save_file({"moments": moments}, staged)
         staged.rename(file)
     return load_file(file)["moments"]
 

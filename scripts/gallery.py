@@ -54,7 +54,9 @@ def watch(pipe: TextToImagePipeline, prompt: str) -> tuple[list[Image.Image], li
     pipe(prompt, seed=0, on_step=steps.append, output_type="latent")
 
     def decode(latents: Tensor) -> list[Image.Image]:
-        return to_images(torch.cat([pipe.autoencoder.decode(one.to(pipe.dtype)).cpu() for one in latents.split(1)]))
+        return to_images(
+            torch.cat([pipe.autoencoder.decode(one.to(pipe.autoencoder_dtype)).cpu() for one in latents.split(1)])
+        )
 
     return decode(torch.cat([step.x for step in steps])), decode(torch.cat([step.x0 for step in steps]))
 

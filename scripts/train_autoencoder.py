@@ -58,6 +58,9 @@ class AutoencoderTrainingConfig(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        factor = (self.vq or self.model).downsampling_factor
+        if self.data.size % factor:
+            raise ValueError(f"data.size is {self.data.size}, but must be a multiple of {factor}, pixels per latent")
         if self.decoder_only and self.init is None:
             raise ValueError("decoder_only goes with init: say whose latents to keep")
         return self
@@ -114,8 +117,9 @@ class Step:
         real, fake = self.discriminator(images), self.discriminator(reconstruction)
         loss = discriminator_loss(real, fake)
         self.training.accelerator.backward(loss)
-        apply_gradients(self.training, self.discriminator, self.training.optimizers[-1:])
-        return {"discriminator": loss.detach(), "real": real.detach().mean(), "fake": fake.detach().mean()}
+        norm = apply_gradients(self.training, self.discriminator, self.training.optimizers[-1:])
+        values = {"discriminator": loss, "real": real.mean(), "fake": fake.mean(), "discriminator_gradient_norm": norm}
+        return {name: value.detach() for name, value in values.items()}
 
 
 def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
@@ -175,16 +179,21 @@ def make_autoencoder(config: AutoencoderTrainingConfig) -> Autoencoder | VQAutoe
 def save(config: AutoencoderTrainingConfig, autoencoder: Autoencoder | VQAutoencoder, images: CaptionedImages) -> None:
     """Writes `OUT/model/vae`, its latents whitened; with `decoder_only` all of `init`, if it is a whole model."""
     out = Path(config.loop.out) / "model"
-    if config.decoder_only:
-        assert config.init is not None
-        if (Path(config.init) / INDEX).is_file():
-            save_model(out, replace(load_model(config.init), autoencoder=autoencoder), torch.float16)
-            return
-    else:
+    if not config.decoder_only:
         mean, std = whiten(autoencoder, images, 2000)
         measured = {"mean": mean.tolist(), "std": std.tolist()}
         print("latents before whitening:", {name: [round(v, 3) for v in each] for name, each in measured.items()})
-    save_part(out / "vae", autoencoder)
+        save_part(out / "vae", autoencoder)
+        return
+    assert config.init is not None
+    init = Path(config.init)
+    dtype = next(load_autoencoder(init / "vae").parameters()).dtype  # in which its encoder is written without loss
+    if not (init / INDEX).is_file():
+        save_part(out / "vae", autoencoder, dtype)
+        return
+    model = load_model(init)
+    unscored = model.settings.model_copy(update={"scores": {}})
+    save_model(out, replace(model, autoencoder=autoencoder.to(dtype), settings=unscored))
 
 
 def train(config: AutoencoderTrainingConfig) -> None:

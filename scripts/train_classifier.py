@@ -51,7 +51,7 @@ def split_labels(images: CaptionedImages, held_out: float) -> tuple[list[str], i
         ValueError: labels that are neither text nor whole numbers, fewer than two, or one in held-out rows only.
     """
     column, path = images.config.caption_column, images.config.path
-    values = images.captions()
+    values = list(images.rows[column])
     for row, value in enumerate(values):
         if not isinstance(value, str | int):
             found = "nothing" if value is None else f"a {type(value).__name__}"

@@ -9,11 +9,11 @@ gradient at any position but the end token. The same command again resumes.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -40,6 +40,13 @@ class ClipConfig(BaseModel, frozen=True, extra="forbid"):
     image_layers: int = Field(4, ge=1)
     patch_size: int = Field(8, ge=1)
     head_width: int = Field(32, ge=8)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("text_width", "image_width"):
+            if (width := getattr(self, name)) % self.head_width:
+                raise ValueError(f"{name} is {width}, but must be a multiple of head_width {self.head_width}")
+        return self
 
     def open_clip_config(self, image_size: int, vocab_size: int, context_length: int) -> dict[str, Any]:
         """The JSON with which open_clip builds this model."""

@@ -23,17 +23,28 @@ from autoencoder import IdentityAutoencoder, IdentityAutoencoderConfig
 from ldm.training import randomness
 from ldm.training.command_line import parse_config
 from ldm.training.data import Batch, CaptionedDataset, CaptionedImages, DataConfig
-from ldm.training.loop import LoopConfig, Training, apply_gradients, fit, make_accelerator, make_ema, make_optimizers
+from ldm.training.loop import (
+    PRECISIONS,
+    LoopConfig,
+    Training,
+    apply_gradients,
+    fit,
+    make_accelerator,
+    make_ema,
+    make_optimizers,
+)
 from ldm.training.whitening import Whitening
 from ldm.unet import UNet, UNetConfig
 from pipelines import TextToImagePipeline
 from pipelines.errors import one_line_errors
 from pipelines.loading import Model, load_autoencoder, load_model, load_text_encoder, load_unet, save_model
+from pipelines.request import find_sampler
 from pipelines.runtime import prepare
 from pipelines.scheduler_config import SchedulerConfig
 from pipelines.settings import Settings, words_in
 from text_encoder import TextEncoder, Tokenizer
 
+SHOWN = 16  # pictures on a sample sheet
 HELDOUT = 256
 """Pictures of `heldout` whose loss is measured."""
 WHITENED = 4096
@@ -47,7 +58,7 @@ PROCESS = (
     "prediction_type",
 )
 """What a scheduler says that a teacher and its student must have alike."""
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {name: dtype for dtype, name in PRECISIONS.items()}
 
 
 class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
@@ -93,7 +104,17 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
             raise ValueError("text_encoder_rate goes with train_text_encoder: true, or it says nothing")
         if self.cache_contexts and self.train_text_encoder:
             raise ValueError("cache_contexts goes with train_text_encoder: false, or the contexts would be out of date")
+        if self.data.flip and self.autoencoder is not None:
+            raise ValueError("data.flip mirrors pictures as they are read, but latents are encoded once: leave it out")
+        if self.settings.steps > self.scheduler.num_train_timesteps:
+            raise ValueError(
+                f"settings.steps is {self.settings.steps}, but there are {self.scheduler.num_train_timesteps} times"
+            )
+        if self.settings.sampler is not None:
+            find_sampler(self.settings.sampler)
         if self.objective.distill_guidance is not None:
+            if self.settings.guidance != 1:
+                raise ValueError("objective.distill_guidance goes with settings.guidance: 1, or it is guided twice")
             if self.init is None:
                 raise ValueError("objective.distill_guidance goes with init: say whose guidance to learn")
             if self.train_text_encoder:
@@ -178,6 +199,16 @@ def make_heldout(config: UNetTrainingConfig, objective: Objective, tokenizer: To
     return HeldOut(objective, moments[:count].float().chunk(2, dim=1)[0], ids)
 
 
+def check_size(config: UNetTrainingConfig, cells: int) -> None:
+    """Raises ValueError unless the model that is written will render at the size that it is trained at."""
+    wanted = config.model.sample_size
+    if wanted is not None and wanted not in (cells, (cells, cells)):
+        raise ValueError(
+            f"pictures of data.size {config.data.size} are {cells} cells wide to the U-Net, but model.sample_size is "
+            f"{wanted}: make them agree"
+        )
+
+
 def make_unet(config: UNetTrainingConfig, whitening: Whitening | None) -> UNet:
     """A new U-Net, or that of `config.init`, which may lack attention blocks: new ones start as the identity.
 
@@ -218,6 +249,7 @@ def train(config: UNetTrainingConfig) -> None:
         with accelerator.main_process_first():
             moments = cached_latents(images, Path(config.autoencoder) / "vae", out, accelerator.device)
         dataset = CaptionedLatents(moments, captions)
+    check_size(config, config.data.size if config.autoencoder is None else moments.shape[-1])
     text_encoder = load_text_encoder(text_folder / "text_encoder").float().to(accelerator.device)
     whitening = whitening_of(text_encoder, tokenizer, captions) if config.whiten_contexts else None
     torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
@@ -280,7 +312,8 @@ def train(config: UNetTrainingConfig) -> None:
     def sheet(file: Path) -> None:
         save_model(out / "model", finished_model(), torch.float16)
         pipe = TextToImagePipeline.from_pretrained(out / "model", device=accelerator.device)
-        write_sheet(file, pipe(captions[:16], seed=0).images, columns=8)
+        prompts = [caption for caption in captions if caption.strip()][:SHOWN] or ["a picture"]
+        write_sheet(file, pipe(prompts, seed=0).images, columns=8)
 
     training = Training(accelerator, config.loop, dataset, optimizers, train_step, averaged, on_sample=sheet)
     if config.heldout is not None and accelerator.is_main_process:

@@ -58,15 +58,16 @@ class Teacher:
         self, unet: UNet, text_encoder: TextEncoder, nothing: Tensor, scheduler: SchedulerConfig, scale: float
     ) -> None:
         """`nothing` [1,L] are the token ids of the empty prompt."""
-        self.text_encoder, self.nothing, self.scale = text_encoder, nothing, scale
+        self.text_encoder, self.scale = text_encoder, scale
+        with torch.no_grad():
+            self.uncond = text_encoder(nothing)
         self.denoise = make_denoiser(unet, scheduler.make_schedule(), scheduler.prediction)
 
     @torch.no_grad()
     def __call__(self, text: Tensor) -> Denoiser:
         """text is token ids [B,L] or the context [B,L,D] that they were encoded to."""
         context = text if text.is_floating_point() else self.text_encoder(text)
-        uncond = self.text_encoder(self.nothing).to(context)
-        return classifier_free(self.denoise, context, uncond.expand_as(context), self.scale)
+        return classifier_free(self.denoise, context, self.uncond.to(context).expand_as(context), self.scale)
 
 
 class Objective:

@@ -34,7 +34,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, max_length: int, pad_token: str = END) -> None:
         """Raises `ValueError` if the vocabulary lacks a special token."""
         self.max_length, self.room = max_length, max_length - 2
-        self.vocab_size = backend.get_vocab_size()
+        self.vocab_size = 1 + max(backend.get_vocab().values(), default=-1)  # an id may be left out
         self.start_id, self.end_id, self.pad_id = (_id(backend, token) for token in (START, END, pad_token))
         self.comma_id: int | None = backend.token_to_id(",</w>")
         # Both are done here, where the text that is cut can be told.

@@ -70,13 +70,19 @@ def verify(checkpoint: Path) -> int:
     """The checkpoint's step. Raises ValueError that names the first file that is not as it was written."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except ValueError:
+        step, files = (
+            int(manifest["step"]),
+            {name: (it["size"], it["sha256"]) for name, it in manifest["files"].items()},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise _damaged(checkpoint, MANIFEST) from None
-    for name, entry in manifest["files"].items():
+    if checkpoint.name != f"step-{step:08}":
+        raise _damaged(checkpoint, MANIFEST)
+    for name, (size, sha256) in files.items():
         file = checkpoint / name
-        if not file.exists() or file.stat().st_size != entry["size"] or _sha256(file) != entry["sha256"]:
+        if not file.exists() or file.stat().st_size != size or _sha256(file) != sha256:
             raise _damaged(checkpoint, name)
-    return int(manifest["step"])
+    return step
 
 
 def _damaged(checkpoint: Path, name: str) -> ValueError:

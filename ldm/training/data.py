@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageOps
@@ -39,7 +39,8 @@ class DataConfig(BaseModel, frozen=True, extra="forbid"):
 def open_dataset(config: DataConfig) -> "datasets.Dataset":
     """The dataset behind `config.path`, its images undecoded. The builder is named: none that unpickles is chosen.
 
-    Raises FileNotFoundError if the folder is missing or holds no images, ValueError if a column is missing.
+    Raises FileNotFoundError if the folder is missing or holds no images, ValueError if a column is missing or a file
+    that lists or holds the pictures cannot be read.
     """
     from_hub = config.path.startswith("hub:")
     if not from_hub:
@@ -50,27 +51,32 @@ def open_dataset(config: DataConfig) -> "datasets.Dataset":
     if from_hub:
         data = datasets.load_dataset(config.path.removeprefix("hub:"), split="train")
     else:
-        folder = Path(config.path)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"data folder {folder} does not exist: give data.path a folder of captioned images")
-        builders = {"*.parquet": "parquet", "*.tar": "webdataset"}
-        found = next(((name, sorted(folder.glob(p))) for p, name in builders.items() if any(folder.glob(p))), None)
-        if found is not None:
-            data = datasets.load_dataset(found[0], data_files=[str(f) for f in found[1]], split="train")
-        elif (folder / "metadata.jsonl").exists():
-            # Given as a folder, its files would be split by what their names begin with, such as "test".
-            files = {"train": [f"{glob.escape(str(folder))}/**"]}
-            data = datasets.load_dataset("imagefolder", data_files=files, split="train")
-        else:
-            raise FileNotFoundError(
-                f"{folder} has no metadata.jsonl, parquet or tar files: write metadata.jsonl with lines "
-                '{"file_name": "a.png", "text": "a caption"}'
-            )
+        builder, files = _builder_of(Path(config.path))
+        try:
+            data = datasets.load_dataset(builder, data_files={"train": files}, split="train")
+        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+            raise ValueError(f"{config.path} cannot be read: {error.__cause__ or error}") from None
     for column in (config.image_column, config.caption_column):
         if column not in data.column_names:
             raise ValueError(f"{config.path} has no column {column!r}: it has {', '.join(data.column_names)}")
     data = data.select_columns([config.image_column, config.caption_column])
     return data.cast_column(config.image_column, datasets.Image(decode=False))
+
+
+def _builder_of(folder: Path) -> tuple[str, list[str]]:
+    """The builder in `datasets` that reads a folder, and the files that it is to be given."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data folder {folder} does not exist: give data.path a folder of captioned images")
+    for pattern, builder in (("*.parquet", "parquet"), ("*.tar", "webdataset")):
+        if found := sorted(map(str, folder.glob(pattern))):
+            return builder, found
+    if (folder / "metadata.jsonl").exists():
+        # Given as a folder, its files would be split by what their names begin with, such as "test".
+        return "imagefolder", [f"{glob.escape(str(folder))}/**"]
+    raise FileNotFoundError(
+        f"{folder} has no metadata.jsonl, parquet or tar files: write metadata.jsonl with lines "
+        '{"file_name": "a.png", "text": "a caption"}'
+    )
 
 
 def decode_image(source: bytes | str, size: int) -> Tensor:
@@ -124,25 +130,35 @@ class CaptionedImages(CaptionedDataset):
     def __getitem__(self, place: Place) -> tuple[Tensor, str, Place]:
         index, step, position = place
         row = self.rows[index]
-        source = row[self.config.image_column]
-        try:
-            image = decode_image(source["bytes"] or source["path"], self.config.size)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"row {index} ({source['path']}) of {self.config.path} is no readable image: {error}"
-            ) from None
+        image = self._decode(index, row[self.config.image_column])
         if self.config.flip and randomness.uniform(self.seed, "flip", step, [position]) < 0.5:
             image = image.flip(-1)
         return image, row[self.config.caption_column], place
 
+    def _decode(self, index: int, source: dict[str, Any]) -> Tensor:
+        try:
+            return decode_image(source["bytes"] or source["path"], self.config.size)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"row {index} ({source['path']}) of {self.config.path} is no readable image: {error}"
+            ) from None
+
     def images(self, start: int, stop: int) -> Tensor:
         """The pictures of rows start ... stop - 1 as they are, not mirrored: [N,3,H,W]."""
         column = self.rows[start:stop][self.config.image_column]
-        return torch.stack([decode_image(source["bytes"] or source["path"], self.config.size) for source in column])
+        return torch.stack([self._decode(start + i, source) for i, source in enumerate(column)])
 
     def captions(self) -> list[str]:
-        """All captions, in the order of the rows."""
-        return list(self.rows[self.config.caption_column])
+        """All captions, in the order of the rows. Raises ValueError for one that is no text."""
+        column = list(self.rows[self.config.caption_column])
+        for index, caption in enumerate(column):
+            if not isinstance(caption, str):
+                found = "nothing" if caption is None else f"a {type(caption).__name__}"
+                raise ValueError(
+                    f"row {index} of {self.config.path} has {found} in column {self.config.caption_column!r}: write a "
+                    "caption, or delete the row"
+                )
+        return column
 
 
 @dataclass(frozen=True)
@@ -198,5 +214,8 @@ def _collate(items: Sequence[tuple[Tensor, str, Place]]) -> Batch:
 def micro_batches(data: CaptionedDataset, seed: int, start: int, steps: int, share: Share) -> Iterator[Batch]:
     """This process' micro-batches from step `start` on, `share.parts` of them a step."""
     order = _Order(len(data), seed, start, steps, share)
-    pin = torch.cuda.is_available()
-    yield from DataLoader(data, batch_sampler=order, collate_fn=_collate, num_workers=data.workers, pin_memory=pin)
+    try:
+        yield from DataLoader(data, batch_sampler=order, collate_fn=_collate, num_workers=data.workers)
+    except ValueError as error:
+        # A worker's error comes with its traceback written out; the last line is what it says.
+        raise ValueError(str(error).rstrip().rpartition("\nValueError: ")[2]) from None

@@ -6,26 +6,34 @@ optimizer's step itself.
 
 import json
 import math
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from ldm.hardware import fastest_dtype, keep_freed_memory
+from ldm.hardware import fastest_dtype, fit_threads_to_quota, keep_freed_memory
 from ldm.training import checkpoint
 from ldm.training.data import Batch, CaptionedDataset, Share, micro_batches
 from ldm.training.muon import Muon, matrices
 
-AUTOMATIC = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
+"""accelerate's names for the dtypes that networks multiply in."""
+LONGEST = timedelta(days=1)
+"""That processes wait for the main one, which encodes all data; NCCL itself would give up after 10 minutes."""
+NORM = "gradient_norm"  # how the names of gradients' norms end among what a step returns
 MOST_SKIPPED = 10  # steps in a row whose gradient is not finite, before training gives up
 
 
@@ -50,7 +58,8 @@ class LoopConfig(BaseModel, frozen=True, extra="forbid"):
     ema_every: int = Field(1, ge=1)
     """Steps from one update of the average to the next; of 10, an average of 1000 steps hardly differs."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Auto: bf16 where the hardware multiplies it, else none (fp16 on a GPU without it)."""
+    """Auto: what `accelerate launch` was told; else bf16 where the hardware multiplies it, fp16 on a GPU without it,
+    and no, which is float32, on a CPU without it."""
     seed: int = Field(0, ge=0)
     log_every: int = Field(20, ge=1)
     sample_every: int = Field(1000, ge=1)
@@ -72,15 +81,20 @@ def learning_rate_factor(config: LoopConfig, step: int) -> float:
 def make_accelerator(config: LoopConfig) -> Accelerator:
     """An accelerator that logs to tensorboard under `out`; on a machine without a GPU it trains on the CPU."""
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    precision = config.mixed_precision
+    device = PartialState(timeout=LONGEST).device
+    precision: str = config.mixed_precision
+    if precision == "auto":
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # which it also says where it was told nothing
+        precision = PRECISIONS[fastest_dtype(device)] if launched == "no" else launched
     accelerator = Accelerator(
-        mixed_precision=AUTOMATIC[fastest_dtype(PartialState().device)] if precision == "auto" else precision,
+        mixed_precision=precision,
         gradient_accumulation_steps=config.gradient_accumulation,
         log_with="tensorboard",
         project_dir=config.out,
     )
     accelerator.init_trackers("logs")
-    if accelerator.device.type == "cpu":
+    if device.type == "cpu":
+        fit_threads_to_quota()
         keep_freed_memory()
     return accelerator
 
@@ -131,14 +145,16 @@ class Training:
     """What to log before the first step and with each sample sheet; called by the main process."""
 
 
-def apply_gradients(training: Training, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Tensor:
+def apply_gradients(training: Training, model: nn.Module, optimizers: Sequence[AcceleratedOptimizer]) -> Tensor:
     """At the end of an accumulation, clip and step, unless the gradient is not finite. Returns the gradient's norm.
 
-    `optimizers` are the model's own.
+    `optimizers` are the model's own, as prepared.
     """
     accelerator = training.accelerator
     if not accelerator.sync_gradients:
         return torch.zeros(())
+    if (scaler := accelerator.scaler) is not None:  # of fp16
+        return _apply_scaled_gradients(scaler, model, optimizers, training.config.gradient_clip)
     norm = accelerator.clip_grad_norm_(model.parameters(), training.config.gradient_clip)
     assert norm is not None
     finite = bool(torch.isfinite(norm))
@@ -149,13 +165,29 @@ def apply_gradients(training: Training, model: nn.Module, optimizers: Sequence[t
     return torch.as_tensor(norm).detach().float()
 
 
+def _apply_scaled_gradients(
+    scaler: torch.amp.GradScaler, model: nn.Module, optimizers: Sequence[AcceleratedOptimizer], clip: float
+) -> Tensor:
+    """The same for gradients of a loss that was scaled up. accelerate's own `step` changes the scale after each
+    optimizer, so that a second one's gradients would be scaled down twice, and never after a step that is left out.
+    """
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer.optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    for optimizer in optimizers:
+        scaler.step(optimizer.optimizer)  # unless its gradient is not finite
+        optimizer.zero_grad()
+    scaler.update()
+    return norm.detach().float()
+
+
 class _Log:
     """Means over steps and processes of what `train_step` returns: to tensorboard, `log.jsonl` and the progress bar."""
 
     def __init__(self, training: Training, start: int, seen_per_step: int) -> None:
         self.training, self.seen_per_step = training, seen_per_step
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.counts: Counter[str] = Counter()
         self.since = time.monotonic()
         accelerator = training.accelerator
         self.bar = tqdm(
@@ -170,18 +202,19 @@ class _Log:
         # Summed where they are: to read them here would make an accelerator wait at every step.
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value.float() if name in self.sums else value.float()
-        self.count += 1
+        self.counts.update(values.keys())
 
     def write(self, step: int) -> None:
-        sums = torch.stack([value.to(self.training.accelerator.device) for value in self.sums.values()])
-        over_all = self.training.accelerator.reduce(sums, reduction="mean") / self.count
+        device = self.training.accelerator.device
+        own = torch.stack([total.to(device) / self.counts[name] for name, total in self.sums.items()])
+        over_all = self.training.accelerator.reduce(own, reduction="mean")
         means = dict(zip(self.sums, over_all.tolist(), strict=True))
         seconds = time.monotonic() - self.since
         means["images_per_second"] = self.seen_per_step / seconds if seconds else 0.0
         means["learning_rate"] = self.training.optimizers[0].param_groups[0]["lr"]
         self.append(step, means)
         self.bar.set_postfix({k: f"{v:.4g}" for k, v in means.items() if k in ("loss", "images_per_second")})
-        self.sums, self.count, self.since = {}, 0, time.monotonic()
+        self.sums, self.counts, self.since = {}, Counter(), time.monotonic()
 
     def append(self, step: int, values: dict[str, float]) -> None:
         """A line of the log, and the same to tensorboard; the main process' alone."""
@@ -217,24 +250,29 @@ def fit(training: Training) -> int:
     folder = Path(config.out)
     for ema, _ in training.averaged:
         accelerator.register_for_checkpointing(ema)
+    groups = [group for optimizer in training.optimizers for group in optimizer.param_groups]
+    asked = [(group["lr"], group["weight_decay"]) for group in groups]
     start = checkpoint.load_newest(accelerator, folder)
+    accelerator.step = 0  # it counts micro-batches, of which a step may have had another number
+    # What a checkpoint holds is the run's past: rate and decay are what is asked for now.
+    groups = [group for optimizer in training.optimizers for group in optimizer.param_groups]
+    for group, (_, decay) in zip(groups, asked, strict=True):
+        group["weight_decay"] = decay
     deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
     log = _Log(training, start, config.batch_size * config.log_every)
     skipped, done, saved = 0, start, start
-    for optimizer in training.optimizers:
-        for group in optimizer.param_groups:
-            group.setdefault("full_lr", group["lr"])
     if start == 0 and accelerator.is_main_process and training.measure:
         log.append(0, training.measure())
     for batches in _steps(training, start):
-        for optimizer in training.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["full_lr"] * learning_rate_factor(config, done)
+        for group, (rate, _) in zip(groups, asked, strict=True):
+            group["lr"] = rate * learning_rate_factor(config, done)
         values: dict[str, Tensor] = {}
         for batch in batches:
             values = training.train_step(batch)
-            log.add(values)
-        skipped = 0 if torch.isfinite(values.get("gradient_norm", torch.zeros(()))) else skipped + 1
+            whole = batch is batches[-1]  # before that there is no gradient of the step
+            log.add({name: value for name, value in values.items() if whole or not name.endswith(NORM)})
+        norms = [value for name, value in values.items() if name.endswith(NORM)]
+        skipped = 0 if all(bool(torch.isfinite(norm)) for norm in norms) else skipped + 1
         if skipped == MOST_SKIPPED:
             raise ValueError(
                 f"the gradient was not finite for {skipped} steps up to step {done}: lower loop.learning_rate"

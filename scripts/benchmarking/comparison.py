@@ -3,8 +3,7 @@
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from benchmarking.timing import (
     working_memory,
 )
 from benchmarking.workloads import Sides
+from pipelines.runtime import full_float32
 
 OPERATORS = 10
 CPU_FLAGS = ("amx_tile", "amx_bf16", "avx512_fp16", "avx512_bf16", "avx512_vnni", "avx512f", "avx2")
@@ -49,7 +49,7 @@ def compare(
     """
     outputs: dict[str, Tensor] = {}
     memory: dict[str, int | None] = {}
-    with exact_convolutions():
+    with full_float32():
         for name, side in sides.items():
             output = side.run()  # warms up, too
             outputs[name] = (side.probe() if side.probe else output).float().cpu()
@@ -71,17 +71,6 @@ def compare(
             row["compile seconds"] = sides[name].compile_seconds
         rows.append(row)
     return rows
-
-
-@contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """Float32 is to mean float32 where outputs are compared; by default cuDNN convolves in TF32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def show(rows: Sequence[Row]) -> None:

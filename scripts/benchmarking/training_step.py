@@ -14,10 +14,18 @@ from benchmarking import rivals
 from benchmarking.workloads import Setup, Side, Sides, ours_like, size_of
 from ldm.loss import diffusion_loss
 from ldm.training.data import Batch, DataConfig
-from ldm.training.loop import LoopConfig, Training, apply_gradients, make_accelerator, make_ema, make_optimizers
+from ldm.training.loop import (
+    PRECISIONS,
+    LoopConfig,
+    Training,
+    apply_gradients,
+    make_accelerator,
+    make_ema,
+    make_optimizers,
+)
 from ldm.unet import UNet
 
-PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16"}
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def training_step(setup: Setup, folder: Path) -> Sides:
@@ -29,7 +37,7 @@ def training_step(setup: Setup, folder: Path) -> Sides:
     Raises:
         ValueError: a dtype that is not for training.
     """
-    if setup.dtype not in PRECISIONS:
+    if setup.dtype not in DTYPES:
         raise ValueError(f"--dtype is {setup.dtype}; training is measured in float32 or bfloat16")
     if setup.device.type == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"

@@ -21,7 +21,7 @@ def bits_per_dimension(pipe: TextToImagePipeline, images: Tensor, prompts: Seque
     Picture i draws its noise from a generator of `seed + i`. The variance is the model's own where it learned one, else
     beta (Ho et al. 2020, section 3.2).
     """
-    latents = pipe.autoencoder.encode(images.to(pipe.device, pipe.dtype)).float()
+    latents = pipe.autoencoder.encode(images.to(pipe.device, pipe.autoencoder_dtype)).float()
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(images))]
     contexts = encode_prompts(pipe.text_encoder, pipe.tokenizer, prompts, [""] * len(prompts)).batches
     context = torch.cat([cond for cond, _ in contexts])

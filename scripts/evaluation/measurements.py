@@ -95,7 +95,7 @@ def measure(
 
     def reconstruct(start: int, stop: int) -> Rows:
         images = real.images(start, stop)
-        latents = pipe.autoencoder.encode(images.to(pipe.device, pipe.dtype))
+        latents = pipe.autoencoder.encode(images.to(pipe.device, pipe.autoencoder_dtype))
         pixels = to_pixels(pipe.autoencoder.decode(latents))
         decoded = from_pixels(pixels)
         rows = {"psnr": metrics.psnr(images, decoded), "ssim": metrics.ssim(images, decoded), "pixels": pixels}

@@ -49,27 +49,28 @@ def from_folder(folder: Path, count: int, size: int) -> RealPictures:
     """All pictures of a folder as training takes it; the captions of the first `count` are the prompts.
 
     Raises:
-        ValueError: fewer pictures than asked for, or captions without a picture.
+        ValueError: fewer pictures than asked for, captions without a picture, or an empty one for a prompt.
         OSError: no folder, or nothing in it that could be trained on.
     """
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        data = CaptionedImages(DataConfig(path=str(folder), size=size), seed=0)
-    except DatasetGenerationError as error:
-        raise ValueError(f"{folder} cannot be read: {error.__cause__ or error}") from None
+    data = CaptionedImages(DataConfig(path=str(folder), size=size), seed=0)
     if len(data) < count:
         raise ValueError(
             f"{folder} has {len(data)} pictures with captions, but {count} are asked for: give --prompts {len(data)}"
         )
-    column = [row[data.config.image_column] for row in data.rows]
-    if missing := [row["path"] for row in column if row["bytes"] is None and not Path(row["path"]).is_file()]:
+    captions = data.captions()
+    if "" in (firsts := [caption.strip() for caption in captions[:count]]):
+        raise ValueError(f"row {firsts.index('')} of {folder} has an empty caption, which is no prompt: write one")
+    digest, missing = hashlib.sha256(), []
+    for row in data.rows:
+        source = row[data.config.image_column]
+        if source["bytes"] is None and not Path(source["path"]).is_file():
+            missing.append(source["path"])
+        else:
+            digest.update(hashlib.sha256(source["bytes"] or Path(source["path"]).read_bytes()).digest())
+    if missing:
         raise ValueError(f"{folder} has captions without pictures: {', '.join(missing[:MOST_NAMED])}")
-    digest = hashlib.sha256()
-    for row in column:
-        digest.update(hashlib.sha256(row["bytes"] or Path(row["path"]).read_bytes()).digest())
 
     def images(start: int, stop: int) -> Tensor:
         return torch.stack([data[index, 0, 0][0] for index in range(start, stop)])
 
-    return RealPictures(tuple(data.captions()[:count]), len(data), size, images, digest.hexdigest())
+    return RealPictures(tuple(captions[:count]), len(data), size, images, digest.hexdigest())

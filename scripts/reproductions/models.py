@@ -102,7 +102,7 @@ def render(
         randn = _noise_of(range(start, start + len(some)))
         x = randn(torch.Size((len(some), *_latent_shape(pipe)))).to(pipe.device)
         x = sample(denoiser(pipe, some, scale), x, pipe.schedule, times, randn=randn)
-        images.append(pipe.autoencoder.decode(x.to(pipe.dtype)).float().cpu())
+        images.append(pipe.autoencoder.decode(x.to(pipe.autoencoder_dtype)).float().cpu())
     return to_8_bits(torch.cat(images))
 
 

@@ -189,3 +189,18 @@ def test_unsupported_config(change: dict[str, Any], named: str) -> None:
 def test_config_survives_its_own_json() -> None:
     config = AutoencoderConfig.model_validate(small(3))
     assert AutoencoderConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_several_generators_draw_several_samples_of_one_picture() -> None:
+    ours, _ = make_pair(small(2))
+    one = pictures()[:1]
+    torch.testing.assert_close(ours.encode(one, generators(3)), ours.encode(one.expand(3, -1, -1, -1), generators(3)))
+
+
+@pytest.mark.parametrize(
+    "change", [{"latent_channels": 2**31}, {"block_out_channels": [-64, 64]}, {"in_channels": 10**9}], ids=str
+)
+def test_absurd_sizes_are_refused(change: dict[str, Any]) -> None:
+    ((name, _),) = change.items()
+    with pytest.raises(ValueError, match=name):
+        Autoencoder.from_diffusers_config({**small(2), **change})

@@ -3,8 +3,12 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from ldm import hardware
 
 PROGRAM = """
 import resource, sys
@@ -32,9 +36,23 @@ def test_large_tensors_take_the_place_of_freed_ones() -> None:
 
 
 def test_without_mallopt_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ldm import memory
+    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda _: object())
+    hardware.keep_freed_memory()
+    monkeypatch.setattr(hardware.sys, "platform", "darwin")
+    hardware.keep_freed_memory()
 
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
-    memory.keep_freed_memory()
-    monkeypatch.setattr(memory.sys, "platform", "darwin")
-    memory.keep_freed_memory()
+
+@pytest.mark.parametrize(
+    ("quota", "threads"), [("150000 100000", 2), ("max 100000", 8), ("1200000 100000", 8), ("", 8)]
+)
+def test_a_quota_of_cpu_time_bounds_the_threads(
+    quota: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if quota:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    chosen = [8]
+    monkeypatch.setattr(hardware, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    hardware.fit_threads_to_quota()
+    assert chosen[-1] == threads

@@ -96,10 +96,13 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: str, name: st
         saved.load(tmp_path)
 
 
-def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content", ['{"step": 1, "fi', "[]", "{}", '{"step": 1, "files": {"a": 1}}', '{"step": 2, "files": {}}']
+)
+def test_a_damaged_manifest_is_refused_by_name(content: str, tmp_path: Path) -> None:
     saved = Saved()
     saved.save(tmp_path, 1)
-    (tmp_path / "step-00000001" / "manifest.json").write_text('{"step": 1, "fi')
+    (tmp_path / "step-00000001" / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match=r"step-00000001/manifest\.json is damaged"):
         saved.load(tmp_path)
 

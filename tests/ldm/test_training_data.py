@@ -240,6 +240,10 @@ def test_what_a_user_may_get_wrong(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data")
     with pytest.raises(ValueError, match="no column 'caption': it has image, text, more"):
         open_dataset(DataConfig(path=str(folder), caption_column="caption"))
+    with (folder / "metadata.jsonl").open("a") as lines:
+        lines.write('{"file_name": "3.png", "te\n')
+    with pytest.raises(ValueError, match=r"data cannot be read: "):
+        open_dataset(DataConfig(path=str(folder)))
     with pytest.raises(ValidationError, match="size"):
         DataConfig(path=str(folder), size=4)
 
@@ -250,8 +254,27 @@ def test_an_unreadable_picture_is_named(tmp_path: Path, content: bytes | None) -
     (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:60] if content is None else content)
     images = CaptionedImages(DataConfig(path=str(folder), size=16), seed=0)
     images[1, 0, 0]
-    with pytest.raises(ValueError, match=r"row 2 .*2\.png.* no readable image"):
-        images[2, 0, 0]
+    for read in (lambda: images[2, 0, 0], lambda: images.images(1, 4)):
+        with pytest.raises(ValueError, match=r"^row 2 .*2\.png.* no readable image"):
+            read()
+
+
+def test_what_a_worker_finds_wrong_is_one_line(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "data")
+    (folder / "2.png").write_bytes(b"")
+    images = CaptionedImages(DataConfig(path=str(folder), size=16, workers=1), seed=0)
+    with pytest.raises(ValueError, match=r"^row 2 .*2\.png.* no readable image") as caught:
+        list(micro_batches(images, 0, 0, 1, Share(4)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "found"), [(None, "nothing"), (7, "a int")])
+def test_a_caption_that_is_no_text_is_named(text: Any, found: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "data")
+    lines = [{"file_name": f"{i}.png", "text": text} for i in range(4)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=rf"row 0 of .* has {found} in column 'text': write a caption, or delete"):
+        CaptionedImages(DataConfig(path=str(folder), size=16), seed=0).captions()
 
 
 def test_length_is_the_subclass_s_own() -> None:

@@ -1,14 +1,20 @@
 """The loop that every training script drives."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm.training import loop
@@ -238,9 +244,91 @@ def test_a_batch_that_does_not_divide(tmp_path: Path) -> None:
     ("asked", "fastest", "taken"),
     [("auto", torch.bfloat16, "bf16"), ("auto", torch.float32, "no"), ("bf16", torch.float32, "bf16")],
 )
+@pytest.mark.parametrize("launched", [None, "no", "bf16"])
 def test_precision_follows_from_the_hardware_unless_it_is_given(
-    asked: str, fastest: torch.dtype, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: str,
+    fastest: torch.dtype,
+    taken: str,
+    launched: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reset()
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+        taken = "bf16" if launched == "bf16" else taken
     monkeypatch.setattr(loop, "fastest_dtype", lambda device: fastest)
     assert make_accelerator(configure(tmp_path, mixed_precision=asked)).mixed_precision == taken
+
+
+def test_scaled_gradients_are_scaled_down_once_for_each_of_several_optimizers() -> None:
+    """As of fp16: a step that overflows changes nothing but the scale, and all others are those of an unscaled loss."""
+
+    def trained(scaler: torch.amp.GradScaler | None) -> nn.Module:
+        torch.manual_seed(0)
+        network = nn.Linear(4, 3)
+        weight, bias = (
+            AcceleratedOptimizer(torch.optim.AdamW([parameter], lr=0.1), device_placement=False)
+            for parameter in network.parameters()
+        )
+        accelerator = SimpleNamespace(
+            sync_gradients=True, scaler=scaler, clip_grad_norm_=partial(nn.utils.clip_grad_norm_)
+        )
+        training = SimpleNamespace(accelerator=accelerator, config=SimpleNamespace(gradient_clip=0.5))
+        for factor in (1.0, float("inf"), 2.0):
+            loss = network(torch.ones(2, 4)).square().sum() * factor
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            norm = apply_gradients(training, network, [weight, bias])  # type: ignore[arg-type]
+            assert bool(torch.isfinite(norm)) == (factor != float("inf"))
+        return network
+
+    Accelerator(cpu=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for one, other in zip(trained(scaler).parameters(), trained(None).parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+    assert scaler.get_scale() == 512
+
+
+def test_rate_and_decay_are_those_asked_for_when_a_run_goes_on(tmp_path: Path) -> None:
+    first, _ = start(configure(tmp_path, minutes=1e-9))
+    fit(first)
+    changed = configure(tmp_path, learning_rate=0.02, weight_decay=0.5)
+    training, _ = start(changed)
+    assert fit(training) == 6
+    rates = {line["step"]: line["learning_rate"] for line in log_of(tmp_path)}
+    assert rates[1] == pytest.approx(0.1)
+    for step in range(2, 7):
+        assert rates[step] == pytest.approx(0.02 * learning_rate_factor(changed, step - 1), rel=1e-4)
+    assert {group["weight_decay"] for group in training.optimizers[0].param_groups} == {0.5, 0.0}
+
+
+def test_another_accumulation_when_a_run_goes_on(tmp_path: Path) -> None:
+    """Three steps in one part each, three in two: with the count of parts kept, they would end in mid-step."""
+    fit(start(configure(tmp_path / "a", steps=6, checkpoint_every=3, keep=9))[0])
+    shutil.copytree(tmp_path / "a" / "step-00000003", tmp_path / "b" / "step-00000003")
+    training, network = start(configure(tmp_path / "b", steps=6, gradient_accumulation=2))
+    fit(training)
+    whole = load_file(tmp_path / "a" / "step-00000006" / "model.safetensors")
+    torch.testing.assert_close(network.state_dict()["weight"], whole["weight"], atol=1e-5, rtol=1e-5)
+
+
+def test_the_log_knows_the_whole_step_s_gradient_only(tmp_path: Path) -> None:
+    norms = []
+    for parts in (1, 2, 4):
+        fit(start(configure(tmp_path / str(parts), gradient_accumulation=parts, steps=2))[0])
+        norms.append([line["gradient_norm"] for line in log_of(tmp_path / str(parts))])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert norms[2] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_what_only_some_steps_measure_is_averaged_over_those(tmp_path: Path) -> None:
+    training, _ = start(configure(tmp_path, log_every=6))
+    step = training.train_step
+
+    def sometimes(batch: Batch) -> dict[str, Tensor]:
+        return step(batch) | ({"late": torch.tensor(5.0)} if batch.step >= 4 else {})
+
+    training.train_step = sometimes
+    fit(training)
+    assert log_of(tmp_path)[0]["late"] == 5

@@ -364,6 +364,9 @@ def test_a_model_that_the_hub_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_hub(monkeypatch, FileNotFoundError("not cached"), ConnectionError("no\nroute"))
     with pytest.raises(ValueError, match=r"^hub:owner/name is not in the cache and cannot be downloaded: no route$"):
         loading.load_model("hub:owner/name")
+    fake_hub(monkeypatch, FileNotFoundError("not cached"), LookupError("403 from the proxy"))
+    with pytest.raises(ValueError, match=r"cannot be downloaded: 403 from the proxy$"):
+        loading.load_model("hub:owner/name")
     for name in ("hub:", "hub:name", "hub:a/b/c", "hub:../x"):
         with pytest.raises(ValueError, match=r"names no model; write hub:OWNER/NAME"):
             loading.load_model(name)
@@ -625,6 +628,26 @@ def test_the_time_grid_is_that_of_ddim(spacing: str, offset: int, to_one: bool) 
     expected = times if times[-1] == end else torch.cat([times, torch.tensor([end]).double()])
     assert torch.equal(grid, expected)
     assert config.time_grid(config.make_schedule(), 10, "ddpm")[-1] == -1
+
+
+def test_a_single_step_ends_clean() -> None:
+    config = SchedulerConfig(set_alpha_to_one=False)
+    assert config.time_grid(config.make_schedule(), 1, "ddim").tolist() == [0, -1]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("DPMSolverMultistepScheduler", "solver_order", 3),
+        ("DPMSolverMultistepScheduler", "algorithm_type", "dpmsolver"),
+        ("UniPCMultistepScheduler", "predict_x0", False),
+        ("UniPCMultistepScheduler", "solver_type", "bh1"),
+    ],
+)
+def test_a_solver_s_settings_are_not_dropped_in_silence(name: str, key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{key} {value!r} of {name} is not supported; null is its default"):
+        SchedulerConfig.from_diffusers_config({"_class_name": name, key: value})
+    assert SchedulerConfig.from_diffusers_config({"_class_name": "DDIMScheduler", key: value}).sampler == "ddim"
 
 
 @pytest.mark.parametrize("spacing", ["karras", "exponential"])

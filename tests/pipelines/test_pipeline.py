@@ -467,3 +467,35 @@ def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         assert runtime.pick_dtype(None, cuda) == expected
     assert runtime.pick_dtype(None, torch.device("mps")) == torch.float32
+
+
+def test_where_float16_is_too_narrow_the_autoencoder_goes_on_in_float32(
+    model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = TextToImagePipeline.from_pretrained(model_folder, device="cpu", dtype="fp16")
+    plain = TextToImagePipeline.from_pretrained(model_folder, device="cpu", dtype="fp16")
+    decode, seen = pipe.autoencoder.decode, []
+
+    def narrow(latents: torch.Tensor) -> torch.Tensor:
+        seen.append(latents.dtype)
+        return decode(latents) * (torch.inf if latents.dtype == torch.float16 else 1)
+
+    pipe.autoencoder.decode = narrow  # type: ignore[method-assign]
+    for _ in range(2):
+        (image,) = pipe(PROMPT, num_inference_steps=1, output_type="pt").images
+    assert seen == [torch.float16, torch.float32, torch.float32]
+    assert capsys.readouterr().err == "notice: this autoencoder's values exceed float16; it decodes in float32\n"
+    (expected,) = plain(PROMPT, num_inference_steps=1, output_type="pt").images
+    torch.testing.assert_close(image, expected, atol=0.02, rtol=0)
+
+
+def test_guidance_below_1_is_worth_a_notice(pipe: TextToImagePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe(PROMPT, num_inference_steps=1, guidance_scale=0.0)
+    assert "notice: guidance 0 leads away from the prompt; 1 is unguided" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [{"reuse": 2}, {"merge_tokens": 0.5}, {"tiled": True}], ids=str)
+def test_shortcuts_do_not_go_with_compile(model_folder: Path, options: dict[str, Any]) -> None:
+    pipe = TextToImagePipeline.from_pretrained(model_folder, device="cpu", dtype="float32", compile=True)
+    with pytest.raises(ValueError, match="reuse, merge tokens and tiled do not go with compile; leave out one"):
+        pipe(PROMPT, **options)

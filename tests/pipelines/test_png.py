@@ -83,6 +83,10 @@ def test_pictures_without_a_record_are_refused(tmp_path: Path, image: Image.Imag
     image.save(path, pnginfo=chunks)
     with pytest.raises(ValueError, match="broken record"):
         png.read_record(path)
+    chunks.add_itxt("ldm", "[" * 100_000)
+    image.save(path, pnginfo=chunks)
+    with pytest.raises(ValueError, match="no readable picture with a record"):
+        png.read_record(path)
 
 
 def test_writability_is_found_out_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

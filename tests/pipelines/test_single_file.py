@@ -399,6 +399,10 @@ def test_pickles_are_read_only_if_asked_for_and_never_run(files: dict[str, Path]
     assert not (tmp_path / "canary").exists()
     torch.save([1], file)
     assert "holds no dictionary of tensors" in refusal(file, allow_pickle=True)
+    torch.save({"state_dict": torch.zeros(1)}, file)
+    assert "holds no dictionary of tensors" in refusal(file, allow_pickle=True)
+    torch.save({1: torch.zeros(1)}, file)
+    assert str(file) in refusal(file, allow_pickle=True)
     for content in (b"", b"PK\x03\x04", bytes(range(256))):
         file.write_bytes(content)
         assert str(file) in refusal(file, allow_pickle=True)

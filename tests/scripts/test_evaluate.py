@@ -364,6 +364,12 @@ def a_picture_less(folder: Path) -> None:
     (folder / "000009.png").unlink()
 
 
+def an_empty_caption(folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    lines[2]["text"] = " "
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
 def few(folder: Path) -> None:
     lines = (folder / "metadata.jsonl").read_text().splitlines(keepends=True)
     (folder / "metadata.jsonl").write_text("".join(lines[:5]))
@@ -382,6 +388,7 @@ def a_broken_picture(folder: Path) -> None:
         (no_metadata, "has no metadata.jsonl"),
         (no_pictures, "captions without pictures"),
         (a_picture_less, "000009.png"),
+        (an_empty_caption, "row 2 of"),
         (few, "has 5 pictures with captions, but 8 are asked for: give --prompts 5"),
         (a_broken_picture, "000003.png"),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import train_unet
+import unet_objective
 from safetensors.torch import load_file
 from tiny_models import TINY_UNET, forget_accelerator
 from torch import Tensor
@@ -41,7 +42,7 @@ def run(data_folder: Path, parts_folder: Path) -> Run:
             settings={"steps": 1},
         )
         losses: Losses = []
-        diffusion_loss = train_unet.diffusion_loss
+        diffusion_loss = unet_objective.diffusion_loss
 
         def recorded(*arguments: Any) -> Tensor:
             if len(losses) == kill:
@@ -51,7 +52,7 @@ def run(data_folder: Path, parts_folder: Path) -> Run:
             return loss
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train_unet, "diffusion_loss", recorded)
+            patch.setattr(unet_objective, "diffusion_loss", recorded)
             if kill is None:
                 train_unet.train(config)
             else:
@@ -76,7 +77,9 @@ def assert_same_state(one: Path, other: Path, step: int = STEPS) -> None:
         weights, others = load_file(one / file), load_file(other / file)
         assert weights.keys() == others.keys()
         assert all(torch.equal(weights[name], others[name]) for name in weights)
-    for file in (*(one / folder).glob("optimizer*.bin"), one / folder / "custom_checkpoint_0.pkl"):
+    kept = [file for pattern in ("optimizer*.bin", "custom_checkpoint_*.pkl") for file in (one / folder).glob(pattern)]
+    assert len(kept) >= 4  # of both networks, the times' sampler, and their averages
+    for file in kept:
         states = [torch.load(path / folder / file.name, weights_only=False) for path in (one, other)]
         assert_equal(*states)
 

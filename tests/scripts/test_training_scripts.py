@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import cached_encodings
 import pytest
 import torch
 import train_autoencoder
@@ -13,11 +14,11 @@ import train_clip
 import train_unet
 import unet_objective
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import TINY_AUTOENCODER, TINY_CLIP, TINY_UNET, forget_accelerator
 from torch import Tensor, nn
 from train_autoencoder import AutoencoderTrainingConfig
-from train_clip import ClipTrainingConfig
+from train_clip import ClipConfig, ClipTrainingConfig
 from train_unet import UNetTrainingConfig
 
 from autoencoder import Autoencoder, VQAutoencoder, VQAutoencoderConfig
@@ -32,6 +33,7 @@ from pipelines import TextToImagePipeline
 from pipelines.loading import load_autoencoder, load_model, load_unet
 from text_encoder import Tokenizer
 
+STUDENT = {"objective": {"distill_guidance": 3.0}, "settings": {"guidance": 1.0}}
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
@@ -72,7 +74,7 @@ def trained_clip(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
-def unet_config(out: Path, data: Path, vae: Path, text: Path, **changes: Any) -> UNetTrainingConfig:
+def unet_config(out: Path, data: Path, vae: Path, text: Path, /, **changes: Any) -> UNetTrainingConfig:
     fields: dict[str, Any] = {
         "data": DataConfig(path=str(data), size=32),
         "loop": loop_config(out),
@@ -137,20 +139,29 @@ def test_autoencoder_goes_on_from_another(trained_autoencoder: Path, data_folder
         torch.testing.assert_close(after.decode(after.encode(images)), decoded, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("exact", [False, True])
 def test_a_decoder_trained_alone_leaves_the_latents_as_they_are(
-    trained_unet: Path, data_folder: Path, tmp_path: Path
+    exact: bool, trained_unet: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     """And the whole model that it came from is written with it, where it came from one."""
     init, whole = tmp_path / "init", tmp_path / "whole"
     shutil.copytree(trained_unet / "model", init)
     scaled = json.loads((init / "vae" / "config.json").read_text()) | {"scaling_factor": 0.5}
     (init / "vae" / "config.json").write_text(json.dumps(scaled))
+    scored = json.loads((init / "ldm.json").read_text()) | {"scores": {"accuracy": 1}}
+    (init / "ldm.json").write_text(json.dumps(scored))
+    if exact:
+        weights = init / "vae" / "diffusion_pytorch_model.safetensors"
+        save_file(
+            {name: torch.randn_like(w, dtype=torch.float32) / 10 for name, w in load_file(weights).items()}, weights
+        )
     config = autoencoder_config(whole, data_folder, init, steps=3, learning_rate=1e-2)
     train_autoencoder.train(config.model_copy(update={"decoder_only": True}))
     before, after = (load_file(f / "vae/diffusion_pytorch_model.safetensors") for f in (init, whole / "model"))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"decoder", "post_quant_conv"}
     assert load_autoencoder(whole / "model" / "vae").config.scaling_factor == 0.5
+    assert json.loads((whole / "model" / "ldm.json").read_text())["scores"] == {}
     kept = "unet/diffusion_pytorch_model.safetensors"
     assert (whole / "model" / kept).read_bytes() == (init / kept).read_bytes()
 
@@ -159,12 +170,6 @@ def test_a_decoder_trained_alone_leaves_the_latents_as_they_are(
     (init / "model_index.json").unlink()
     train_autoencoder.train(config.model_copy(update={"decoder_only": True, "loop": loop_config(part, steps=1)}))
     assert [folder.name for folder in (part / "model").iterdir()] == ["vae"]
-
-
-def test_a_decoder_alone_needs_an_encoder_from_elsewhere(tmp_path: Path) -> None:
-    fields = {"data": {"path": str(tmp_path)}, "loop": loop_config(tmp_path), "decoder_only": True}
-    with pytest.raises(ValueError, match="decoder_only goes with init: say whose latents to keep"):
-        AutoencoderTrainingConfig(**fields)
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -497,6 +502,7 @@ def test_a_student_learns_what_its_teacher_does_with_guidance(
         whiten_contexts=whitened,
         heldout=str(data_folder),
         objective={"distill_guidance": 101.0, "caption_dropout": 0.0},
+        settings={"guidance": 1.0},
     )
     (measured, *_), (first, *_) = ([line[key] for line in logged if key in line] for key in ("heldout_loss", "loss"))
 
@@ -526,7 +532,7 @@ def test_a_teacher_of_other_noise_is_refused(
         trained_clip,
         init=str(trained_unet / "model"),
         train_text_encoder=False,
-        objective={"distill_guidance": 3.0},
+        **STUDENT,
         scheduler={**ZERO_SNR, "beta_end": 0.5},
     )
     with pytest.raises(ValueError, match=r"has beta_end 0.02, but scheduler.beta_end is 0.5: make them agree"):
@@ -602,10 +608,14 @@ def test_logit_normal_times_are_drawn_from_it_and_not_weighed(
         ({"objective": {"loss": "bound", "min_snr_gamma": 5}}, "min_snr_gamma weighs the squared error"),
         ({"objective": {"logit_mean": 1.0}}, "logit_mean shifts times that are logit_normal, but times is uniform"),
         ({"text_encoder_rate": 0.1, "train_text_encoder": False}, "text_encoder_rate goes with train_text"),
+        ({"settings": {"steps": 1001}}, "settings.steps is 1001, but there are 1000 times"),
+        ({"settings": {"sampler": "best"}}, "sampler 'best' is unknown"),
+        ({"data": {"path": "x", "flip": True}}, "data.flip mirrors pictures as they are read, but latents"),
+        ({"objective": {"distill_guidance": 3}}, "distill_guidance goes with settings.guidance: 1"),
         ({"objective": {"distill_guidance": 3, "loss": "hybrid"}}, "distill_guidance is a loss of its own"),
         ({"objective": {"distill_guidance": 3, "min_snr_gamma": 5}}, "distill_guidance is a loss of its own"),
-        ({"objective": {"distill_guidance": 3}}, "distill_guidance goes with init"),
-        ({"objective": {"distill_guidance": 3}, "init": "model"}, "distill_guidance goes with train_text_encoder: f"),
+        ({**STUDENT}, "distill_guidance goes with init"),
+        ({**STUDENT, "init": "model"}, "distill_guidance goes with train_text_encoder: f"),
         ({"scheduler": {"variance_type": "learned_range"}}, "model.out_channels is 4, but must be 8"),
         ({"model": {**TINY_UNET, "out_channels": 8}}, "model.out_channels is 8, but must be 4"),
     ],
@@ -613,6 +623,65 @@ def test_logit_normal_times_are_drawn_from_it_and_not_weighed(
 def test_settings_that_contradict_each_other(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         unet_config(tmp_path, tmp_path, tmp_path, tmp_path, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data": {"path": "x", "size": 30}}, "data.size is 30, but must be a multiple of 4, pixels per latent"),
+        ({"decoder_only": True}, "decoder_only goes with init: say whose latents to keep"),
+    ],
+)
+def test_autoencoders_that_cannot_be_trained(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    given = {"data": {"path": "x", "size": 32}, "loop": loop_config(tmp_path), "model": TINY_AUTOENCODER}
+    with pytest.raises(ValueError, match=message):
+        AutoencoderTrainingConfig(**{**given, **fields})
+
+
+@pytest.mark.parametrize("side", ["text", "image"])
+def test_widths_of_a_clip_are_whole_heads(side: str) -> None:
+    with pytest.raises(ValueError, match=f"{side}_width is 20, but must be a multiple of head_width 8"):
+        ClipConfig(**{**TINY_CLIP, f"{side}_width": 20})
+
+
+def test_a_unet_renders_at_the_size_that_it_is_trained_at(
+    trained_autoencoder: Path, trained_clip: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    config = unet_config(
+        tmp_path, data_folder, trained_autoencoder, trained_clip, data=DataConfig(path=str(data_folder), size=64)
+    )
+    with pytest.raises(ValueError, match=r"data.size 64 are 16 cells wide to the U-Net, but model.sample_size is 8"):
+        train_unet.train(config)
+
+
+def test_captions_without_words_end_no_training(trained_clip: Path, data_folder: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data_folder, data)
+    lines = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    (data / "metadata.jsonl").write_text("\n".join(json.dumps(line | {"text": " "}) for line in lines))
+    parts = {"autoencoder": None, "model": PIXELS, "loop": loop_config(out, steps=1)}
+    train_unet.train(unet_config(out, data, tmp_path, trained_clip, **parts))
+    assert (out / "samples" / "00000001.png").is_file()
+
+
+def test_latents_are_cached_of_one_autoencoder_alone(
+    trained_autoencoder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae, cache, device = tmp_path / "vae", tmp_path / "cache", torch.device("cpu")
+    shutil.copytree(trained_autoencoder / "model" / "vae", vae)
+    cache.mkdir()
+    images = CaptionedImages(DataConfig(path=str(data_folder), size=32), 0)
+    first = cached_encodings.cached_latents(images, vae, cache, device)
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps(config | {"scaling_factor": 2.0}))
+    second = cached_encodings.cached_latents(images, vae, cache, device)
+    torch.testing.assert_close(second[:, :4], 2 * first[:, :4], rtol=1e-2, atol=1e-2)
+
+    (vae / "config.json").write_text(json.dumps(config | {"scaling_factor": 3.0}))
+    monkeypatch.setattr(cached_encodings, "encode_all", lambda *_: first * float("nan"))
+    with pytest.raises(ValueError, match="makes latents that are not finite: use another autoencoder"):
+        cached_encodings.cached_latents(images, vae, cache, device)
+    assert len(list(cache.iterdir())) == 2
 
 
 def test_contexts_that_go_out_of_date_are_not_cached(tmp_path: Path) -> None:

@@ -234,3 +234,11 @@ def test_a_broken_file_is_named(
     with pytest.raises(ValueError, match=message) as caught:
         Tokenizer.from_folder(made)
     assert "\n" not in str(caught.value)
+
+
+def test_ids_that_are_left_out_count(folder: Path, tmp_path: Path) -> None:
+    """What an embedding needs is a row for the largest id."""
+    made = variant(folder, tmp_path / "t", ("tokenizer.json",))
+    vocabulary = json.loads((made / "vocab.json").read_text())
+    (made / "vocab.json").write_text(json.dumps({**vocabulary, "<|endoftext|>": 60_000}))
+    assert Tokenizer.from_folder(made).vocab_size == 60_001
