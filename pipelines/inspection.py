@@ -62,8 +62,7 @@ def inspect_model(source: str | os.PathLike[str] | None, prediction: str | None 
     """
     stored = read_model(source, prediction)
     model = build_model(stored)
-    cells, factor = model.unet.config.sample_size or 64, model.autoencoder.downsampling_factor
-    height, width = (cells, cells) if isinstance(cells, int) else cells
+    height, width = model.own_size
     networks: dict[str, nn.Module] = {
         "unet": model.unet,
         "vae": model.autoencoder,
@@ -76,7 +75,7 @@ def inspect_model(source: str | os.PathLike[str] | None, prediction: str | None 
         prediction_type=model.scheduler.prediction_type,
         prediction_reason=stored.prediction_reason,
         zero_terminal_snr=model.scheduler.rescale_betas_zero_snr,
-        picture_size=(width * factor, height * factor),
+        picture_size=(width, height),
         latent_channels=model.autoencoder.config.latent_channels,
         context=(model.tokenizer.max_length, model.unet.config.cross_attention_dim),
         networks={part: _report(network) for part, network in networks.items()},

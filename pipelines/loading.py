@@ -71,6 +71,13 @@ class Model:
     source: Path | None = None
 
     @property
+    def own_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the model was trained at."""
+        cells, factor = self.unet.config.sample_size or 64, self.autoencoder.downsampling_factor
+        height, width = (cells, cells) if isinstance(cells, int) else cells
+        return height * factor, width * factor
+
+    @property
     def folder(self) -> Path | None:
         """The folder that the model was read from; None also for a single file."""
         return self.source if self.source is not None and self.source.is_dir() else None

@@ -300,9 +300,7 @@ class TextToImagePipeline:
     @property
     def own_size(self) -> tuple[int, int]:
         """(height, width) in pixels that the model was trained at."""
-        cells = self.unet.config.sample_size or 64
-        height, width = (cells, cells) if isinstance(cells, int) else cells
-        return height * self.autoencoder.downsampling_factor, width * self.autoencoder.downsampling_factor
+        return self.model.own_size
 
     @property
     def inpaints(self) -> bool:

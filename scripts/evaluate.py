@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -32,11 +32,8 @@ from evaluation.metrics import Measured
 from evaluation.real_pictures import RealPictures, from_folder, from_picturebook
 from evaluation.report import write_report
 from picturebook import WORLD
-from PIL import Image
 from sheet import to_images, write_sheet
-from torch import Tensor
 
-from ldm.pictures import as_tensor
 from pipelines import TextToImagePipeline
 from pipelines.errors import notice, one_line_errors
 from pipelines.json_files import write_json
@@ -46,11 +43,6 @@ SEED = 2_000_001  # of the scenes that models are scored on; settings are chosen
 JUDGE = "judge"
 """The feature network that is always at hand. Of pictures from elsewhere it sees colours and shapes, and no more."""
 FEWEST = 8  # pictures: each half of the real ones needs more than `metrics.NEIGHBOURS`
-
-
-def to_tensor(images: Sequence[Image.Image]) -> Tensor:
-    """RGB pictures of one size -> float32 [N,3,H,W] in [-1,1]."""
-    return torch.stack([as_tensor(image) for image in images])
 
 
 def figures(

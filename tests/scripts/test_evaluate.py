@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from test_feature_networks import open_clip_clip
 from tiny_models import TINY_AUTOENCODER, TINY_UNET
 
 from autoencoder import Autoencoder, AutoencoderConfig, IdentityAutoencoder, IdentityAutoencoderConfig
+from ldm.pictures import as_tensor
 from ldm.unet import UNet
 from pipelines import TextToImagePipeline
 from pipelines.loading import Model, load_model, save_model
@@ -30,6 +31,10 @@ from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer
 
 Run = Callable[..., dict[str, Any]]
 SCHEDULER = SchedulerConfig(num_train_timesteps=20, beta_schedule="scaled_linear", beta_start=0.01, beta_end=0.3)
+
+
+def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
+    return torch.stack([as_tensor(image) for image in images])
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +110,7 @@ def test_a_reading_in_words() -> None:
 
 def test_psnr_over_the_boxes() -> None:
     scene, image = picturebook.picture(0, 3, size=64)
-    real = evaluate.to_tensor([image])
+    real = to_tensor([image])
     inside = torch.zeros(64, 64, dtype=torch.bool)
     for group in scene.things:
         for x0, y0, x1, y1 in group.boxes:
@@ -122,7 +127,7 @@ def test_psnr_over_the_boxes() -> None:
 
 
 def test_tensor_of_pictures() -> None:
-    tensor = evaluate.to_tensor([Image.new("RGB", (4, 2), (255, 0, 0))])
+    tensor = to_tensor([Image.new("RGB", (4, 2), (255, 0, 0))])
     assert tensor.shape == (1, 3, 2, 4)
     assert tensor[0, :, 0, 0].tolist() == [1, -1, -1]
     assert torch.equal(measurements.from_pixels(measurements.to_pixels(tensor * 1.5)), tensor)
@@ -270,7 +275,7 @@ def test_bits_of_pixels_are_of_a_probability(tiny: Path) -> None:
         SCHEDULER,
     )
     pipe = TextToImagePipeline(model, "cpu", "float32")
-    images = evaluate.to_tensor([Image.new("RGB", (32, 32)), Image.effect_noise((32, 32), 90).convert("RGB")])
+    images = to_tensor([Image.new("RGB", (32, 32)), Image.effect_noise((32, 32), 90).convert("RGB")])
     both = bits_per_dimension(pipe, images, ["black", "noise"], seed=0)
     one = bits_per_dimension(pipe, images[1:], ["noise"], seed=1)
     assert both[1].item() == pytest.approx(one.item(), rel=1e-4)

@@ -722,3 +722,15 @@ def test_presets_are_valid(stage: str, config_class: Any) -> None:
     config = parse_config(config_class, "", ["--config", str(preset), "--loop.out", "elsewhere"])
     assert isinstance(config, config_class)
     assert (config.data.path, config.loop.out) == ("runs/picturebook", "elsewhere")
+
+
+def test_the_student_s_preset_fits_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(train_unet.__file__).parents[1]
+    monkeypatch.chdir(root)
+    presets = [f"scripts/configs/picturebook_{name}.yaml" for name in ("unet", "student")]
+    config = parse_config(UNetTrainingConfig, "", ["--config", presets[0], "--config", presets[1]])
+    assert config.init == config.autoencoder == config.text_encoder
+    teacher = load_model(config.init)
+    assert config.objective.distill_guidance == teacher.settings.guidance
+    assert config.settings.guidance == 1
+    train_unet.make_unet(config, None)
