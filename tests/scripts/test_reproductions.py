@@ -410,6 +410,7 @@ def tiny(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, data_folder: Path) -
     monkeypatch.setattr(models, "BATCH", 2)
     monkeypatch.setattr(models, "training_data", lambda folder, count, size: data_folder)
     monkeypatch.setattr(guidance, "STEPS", 2)
+    monkeypatch.setattr(guidance, "UNITS", 32)
     monkeypatch.setattr(objectives, "STEPS", 2)
     monkeypatch.setattr(objectives, "T", 20)
     monkeypatch.setitem(objectives.SCHEDULES["linear"], "beta_end", 0.5)  # so that T = 20 ends in noise
