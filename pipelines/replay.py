@@ -232,16 +232,19 @@ def replay(
         model, device or _device_like(before.device), dtype or before.dtype, prediction, ema, allow_pickle
     )
     pipe.load_loras([(file, lora.weight) for file, lora in zip(loras, before.loras, strict=True)])
-    # Copies of the picture instead of its former neighbours: its own rounding does not depend on what they show.
+    # Copies of the picture instead of its former neighbours: its own rounding depends on its place, not on what they
+    # show. The record does not have the place, so the nearest copy counts.
     copies = min(before.batch, BATCH)
     many = replace(request, prompts=request.prompts * copies, negatives=request.negatives * copies)
     out = naming_file(path, lambda: render(pipe, many, [before.seed] * copies, init, mask))
     (now, *_) = make_records(pipe, out.request, [before.seed] * copies, init, mask)
-    image = out.images[0]
-    assert isinstance(image, Image.Image)
-    difference = np.abs(np.asarray(image).astype(np.int16) - pixels)
-    share = float((difference.max(axis=-1) > 0).mean())
-    return Replayed(image, before, now, int(difference.max()), share)
+    compared = []
+    for image in out.images:
+        assert isinstance(image, Image.Image)
+        difference = np.abs(np.asarray(image).astype(np.int16) - pixels)
+        share = float((difference.max(axis=-1) > 0).mean())
+        compared.append(Replayed(image, before, now, int(difference.max()), share))
+    return min(compared, key=lambda each: (each.max_difference, each.share))
 
 
 def _check_given(path: Path, option: str, used: Sequence[Source], given: Sequence[FilePath]) -> None:
