@@ -132,7 +132,7 @@ def distillation_loss(
     alpha, sigma = schedule.coefficients(t, like=x0)
     with torch.no_grad():
         target = predictions.from_x0(prediction, teacher(x_t, t).x0, x_t.to(alpha.dtype), alpha, sigma)
-    return (output.to(target.dtype) - target).square().flatten(1).mean(1)
+    return _mean_square(output, target)
 
 
 def bound_term(
@@ -231,11 +231,16 @@ def _squared_error(
 ) -> Tensor:
     alpha, sigma = schedule.coefficients(t, like=x0)
     target = predictions.target(prediction, x0.to(alpha.dtype), eps.to(alpha.dtype), alpha, sigma)
-    error = (output.to(target.dtype) - target).square().flatten(1).mean(1)
+    error = _mean_square(output, target)
     if min_snr_gamma is None:
         return error
     snr = schedule.snr(t)
     return error * predictions.loss_weight(prediction, snr.clamp(max=min_snr_gamma), snr).to(error.dtype)
+
+
+def _mean_square(output: Tensor, target: Tensor) -> Tensor:
+    """The squared error of each sample, averaged over it: [B], in the target's dtype."""
+    return (output.to(target.dtype) - target).square().flatten(1).mean(1)
 
 
 def _whole_bound(

@@ -70,10 +70,8 @@ def verify(checkpoint: Path) -> int:
     """The checkpoint's step. Raises ValueError that names the first file that is not as it was written."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
-        step, files = (
-            int(manifest["step"]),
-            {name: (it["size"], it["sha256"]) for name, it in manifest["files"].items()},
-        )
+        step = int(manifest["step"])
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _damaged(checkpoint, MANIFEST) from None
     if checkpoint.name != f"step-{step:08}":

@@ -241,6 +241,11 @@ def _agree_to_stop(training: Training, deadline: float) -> bool:
     return answer[0]
 
 
+def _groups(training: Training) -> list[dict[str, Any]]:
+    """The parameter groups of all optimizers; loading a checkpoint replaces them."""
+    return [group for optimizer in training.optimizers for group in optimizer.param_groups]
+
+
 def fit(training: Training) -> int:
     """Train from the newest checkpoint, or the start, to `steps` or until `minutes` are over. Returns the step reached.
 
@@ -250,12 +255,11 @@ def fit(training: Training) -> int:
     folder = Path(config.out)
     for ema, _ in training.averaged:
         accelerator.register_for_checkpointing(ema)
-    groups = [group for optimizer in training.optimizers for group in optimizer.param_groups]
-    asked = [(group["lr"], group["weight_decay"]) for group in groups]
+    asked = [(group["lr"], group["weight_decay"]) for group in _groups(training)]
     start = checkpoint.load_newest(accelerator, folder)
     accelerator.step = 0  # it counts micro-batches, of which a step may have had another number
     # What a checkpoint holds is the run's past: rate and decay are what is asked for now.
-    groups = [group for optimizer in training.optimizers for group in optimizer.param_groups]
+    groups = _groups(training)
     for group, (_, decay) in zip(groups, asked, strict=True):
         group["weight_decay"] = decay
     deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
