@@ -12,13 +12,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from autoencoder.bottleneck import DiagonalGaussian, Generators, Quantized, VectorQuantizer
-from autoencoder.model import CoderConfig, Decoder, Encoder, fold_in
+from autoencoder.model import CoderConfig, Count, Decoder, Encoder, fold_in
 
 
 class VQAutoencoderConfig(CoderConfig, frozen=True):
     """The fields of diffusers' `VQModel` config; what is not supported must keep its neutral value."""
 
-    latent_channels: int = Field(3, ge=1)
+    latent_channels: Count = 3
     num_vq_embeddings: int = Field(256, ge=1, le=2**20)
     vq_embed_dim: int | None = None
     norm_type: Literal["group"] = "group"

@@ -34,39 +34,39 @@ class CaptionedLatents(CaptionedDataset):
 
 
 @torch.no_grad()
-def encode_all(images: CaptionedImages, folder: Path, device: torch.device) -> Tensor:
-    """Moments [N,2C,h,w] of all pictures under the autoencoder in `folder`."""
+def encode_first(count: int, images: CaptionedImages, folder: Path, device: torch.device) -> Tensor:
+    """Moments [count,2C,h,w] of the first pictures under the autoencoder in `folder`.
+
+    Raises ValueError if their latents are not finite.
+    """
     autoencoder = load_autoencoder(folder)
     prepare(autoencoder, device, pick_dtype(None, device))
     dtype = next(autoencoder.parameters()).dtype
     scale = autoencoder.config.scaling_factor
     moments = []
-    for start in tqdm(range(0, len(images), 64), desc="encoding", unit="batch"):
-        batch = images.images(start, min(start + 64, len(images))).to(device, dtype, memory_format=torch.channels_last)
+    for start in tqdm(range(0, count, 64), desc="encoding", unit="batch"):
+        batch = images.images(start, min(start + 64, count)).to(device, dtype, memory_format=torch.channels_last)
         posterior = autoencoder.posterior(batch)
         scaled = torch.cat(
             [posterior.mean.float() * scale, posterior.logvar.float() + 2 * torch.tensor(scale).log()], 1
         )
         moments.append(scaled.half().cpu())
-    return torch.cat(moments).contiguous()
+    whole = torch.cat(moments).contiguous()
+    if not bool(whole.chunk(2, dim=1)[0].isfinite().all()):  # log-variances of VQ latents are not
+        raise ValueError(f"{folder} makes latents that are not finite: use another autoencoder")
+    return whole
 
 
 def cached_latents(images: CaptionedImages, vae: Path, cache: Path, device: torch.device) -> Tensor:
-    """`encode_all`, kept in a file named by the autoencoder, its dtype, the data and their fingerprint.
-
-    Raises ValueError if there are latents that are not finite.
-    """
+    """Moments of all pictures, kept in a file named by the autoencoder, its dtype, the data and their fingerprint."""
     key = hashlib.sha256(f"{images.config.path}/{images.config.size}/{images.rows._fingerprint}".encode())
     key.update(str(pick_dtype(None, device)).encode())
     for path in (vae / "config.json", *files_of(find_weights(vae, MODULE_STEM))):
         key.update(path.read_bytes())
     file = cache / f"latents-{key.hexdigest()[:16]}.safetensors"
     if not file.exists():
-        moments = encode_all(images, vae, device)
-        if not bool(moments.chunk(2, dim=1)[0].isfinite().all()):  # log-variances of VQ latents are not
-            raise ValueError(f"{vae} makes latents that are not finite: use another autoencoder")
         staged = file.with_suffix(".tmp")
-        save_file({"moments": moments}, staged)
+        save_file({"moments": encode_first(len(images), images, vae, device)}, staged)
         staged.rename(file)
     return load_file(file)["moments"]
 

@@ -70,7 +70,7 @@ def figures(
         "reconstruction psnr": _as_json({name: metrics.mean(values) for name, values in pixels.items()}),
         "reconstruction ssim": _as_json({"all pixels": metrics.mean(decoded["ssim"])}),
         "fid": {"feature network": network.weights[0].name}
-        | _as_json({name: metrics.frechet(*two) for name, two in sets.items()}),
+        | _as_json({name: metrics.measured_frechet(*two) for name, two in sets.items()}),
         "kid": _as_json({name: metrics.kernel_distance(*two) for name, two in sets.items()}),
         **{side: _as_json({name: two[side] for name, two in manifolds.items()}) for side in ("precision", "recall")},
     }
@@ -78,7 +78,7 @@ def figures(
         share = metrics.explained(features, [scene.background for scene in real.scenes])
         result["features"]["variance explained by the background"] = round(share, 3)
     if network.classes is not None:
-        scores = {name: metrics.inception_score(rows["logits"]) for name, rows in shown.items()}
+        scores = {name: metrics.measured_inception_score(rows["logits"]) for name, rows in shown.items()}
         result["inception-style score"] = _as_json(scores)
     if network.embed_texts is not None:
         with torch.inference_mode():

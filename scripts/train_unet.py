@@ -9,11 +9,13 @@ starts from another model's U-Net and text encoder. With `--objective.distill_gu
 guidance what that model does with it.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 import torch
-from cached_encodings import CachedContexts, CaptionedLatents, cached_latents, sample_posterior
+from accelerate import Accelerator
+from cached_encodings import CachedContexts, CaptionedLatents, cached_latents, encode_first, sample_posterior
 from pydantic import BaseModel, Field, model_validator
 from sheet import write_sheet
 from torch import Tensor, nn
@@ -194,9 +196,8 @@ def make_heldout(config: UNetTrainingConfig, objective: Objective, tokenizer: To
     ids = tokenizer(images.captions()[:count]).ids
     if config.autoencoder is None:
         return HeldOut(objective, images.images(0, count), ids)
-    device = objective.accelerator.device
-    moments = cached_latents(images, Path(config.autoencoder) / "vae", Path(config.loop.out), device)
-    return HeldOut(objective, moments[:count].float().chunk(2, dim=1)[0], ids)
+    moments = encode_first(count, images, Path(config.autoencoder) / "vae", objective.accelerator.device)
+    return HeldOut(objective, moments.float().chunk(2, dim=1)[0], ids)
 
 
 def check_size(config: UNetTrainingConfig, cells: int) -> None:
@@ -237,6 +238,41 @@ def make_unet(config: UNetTrainingConfig, whitening: Whitening | None) -> UNet:
     return unet
 
 
+def make_network(
+    config: UNetTrainingConfig, tokenizer: Tokenizer, captions: list[str], device: torch.device
+) -> Conditioned:
+    """U-Net and text encoder, new or those that are named, with the whitening that the captions ask for."""
+    folder = Path(config.init or config.text_encoder) / "text_encoder"
+    text_encoder = load_text_encoder(folder).float().to(device)
+    whitening = whitening_of(text_encoder, tokenizer, captions) if config.whiten_contexts else None
+    torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
+    network = Conditioned(make_unet(config, whitening), text_encoder, whitening)
+    network.text_encoder.requires_grad_(config.train_text_encoder)
+    return network.to(memory_format=torch.channels_last)
+
+
+def make_text(
+    config: UNetTrainingConfig,
+    text_encoder: TextEncoder,
+    tokenizer: Tokenizer,
+    captions: list[str],
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+) -> Callable[[list[str]], Tensor]:
+    """What the network is given of captions: their ids, or their contexts, encoded once."""
+
+    def ids(captions: list[str]) -> Tensor:
+        return tokenizer(captions).ids
+
+    def contexts(captions: list[str]) -> Tensor:
+        """In the dtype that the U-Net is about to multiply them in, so that nothing is lost by the cache."""
+        with accelerator.autocast():
+            encoded: Tensor = text_encoder(ids(captions).to(accelerator.device))
+        return encoded.to(dtype)
+
+    return CachedContexts(contexts, captions) if config.cache_contexts else ids
+
+
 def train(config: UNetTrainingConfig) -> None:
     accelerator = make_accelerator(config.loop)
     out = Path(config.loop.out)
@@ -250,14 +286,13 @@ def train(config: UNetTrainingConfig) -> None:
             moments = cached_latents(images, Path(config.autoencoder) / "vae", out, accelerator.device)
         dataset = CaptionedLatents(moments, captions)
     check_size(config, config.data.size if config.autoencoder is None else moments.shape[-1])
-    text_encoder = load_text_encoder(text_folder / "text_encoder").float().to(accelerator.device)
-    whitening = whitening_of(text_encoder, tokenizer, captions) if config.whiten_contexts else None
-    torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
-    network = Conditioned(make_unet(config, whitening), text_encoder, whitening)
-    network.text_encoder.requires_grad_(config.train_text_encoder)
-    network.to(memory_format=torch.channels_last)
+    network = make_network(config, tokenizer, captions, accelerator.device)
     learning = [network.unet, network.text_encoder] if config.train_text_encoder else [network.unet]
     averaged = [(make_ema(part, config.loop).to(accelerator.device), part) for part in learning]
+    followed = [ema.module for ema, _ in averaged]
+    average = Conditioned(
+        followed[0], followed[1] if config.train_text_encoder else network.text_encoder, network.whitening
+    )
     optimizers = make_optimizers(network.unet, config.loop)
     if config.train_text_encoder:
         rate = config.loop.learning_rate * config.text_encoder_rate
@@ -270,19 +305,9 @@ def train(config: UNetTrainingConfig) -> None:
         "8-bit" if config.autoencoder is None else "continuous",
         config.loop.seed,
         accelerator,
-        make_teacher(config, text_encoder, tokenizer, dtype),
+        make_teacher(config, network.text_encoder, tokenizer, dtype),
     )
-
-    def token_ids(captions: list[str]) -> Tensor:
-        return tokenizer(captions).ids
-
-    def context(captions: list[str]) -> Tensor:
-        """In the dtype that the U-Net is about to multiply it in, so that nothing is lost by the cache."""
-        with accelerator.autocast():
-            encoded: Tensor = network.text_encoder(token_ids(captions).to(accelerator.device))
-        return encoded.to(dtype)
-
-    text_of = CachedContexts(context, captions) if config.cache_contexts else token_ids
+    text_of = make_text(config, network.text_encoder, tokenizer, captions, accelerator, dtype)
 
     def train_step(batch: Batch) -> dict[str, Tensor]:
         seed = config.loop.seed
@@ -298,11 +323,10 @@ def train(config: UNetTrainingConfig) -> None:
 
     def finished_model() -> Model:
         words = tuple(sorted(set().union(*map(words_in, set(captions)))))
-        unet = averaged[0][0].module
         return Model(
-            unet=unet if whitening is None else whitening.folded(unet),
+            unet=average.unet if average.whitening is None else average.whitening.folded(average.unet),
             autoencoder=pixels if config.autoencoder is None else load_autoencoder(Path(config.autoencoder) / "vae"),
-            text_encoder=averaged[1][0].module if config.train_text_encoder else network.text_encoder,
+            text_encoder=average.text_encoder,
             tokenizer=tokenizer,
             tokenizer_folder=text_folder / "tokenizer",
             scheduler=config.scheduler,
@@ -318,10 +342,6 @@ def train(config: UNetTrainingConfig) -> None:
     training = Training(accelerator, config.loop, dataset, optimizers, train_step, averaged, on_sample=sheet)
     if config.heldout is not None and accelerator.is_main_process:
         held_out = make_heldout(config, objective, tokenizer)
-        followed = [ema.module for ema, _ in averaged]
-        average = Conditioned(
-            followed[0], followed[1] if config.train_text_encoder else network.text_encoder, whitening
-        )
         training.measure = lambda: held_out(average)
     fit(training)
     if accelerator.is_main_process:

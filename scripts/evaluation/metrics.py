@@ -39,22 +39,25 @@ def mean(values: Sequence[float] | Tensor) -> Measured:
     return Measured(float(found.mean()), *(float(v) for v in np.quantile(draws, (0.025, 0.975))))
 
 
-def frechet(real: Tensor, other: Tensor, paired: bool = False) -> Measured:
+def frechet(real: Tensor, other: Tensor) -> float:
     """FID, the squared Frechet distance of two Gaussians with the sets' moments (Heusel et al. 2017, eq. 6).
 
     tr (C1 C2)^1/2 is the sum of the singular values of R1 R2^T with C = R^T R, so no covariance is ever multiplied by
     another or its root drawn, and sets smaller than the features are wide need no remedy.
+    """
+    (mean1, root1), (mean2, root2) = _moments(real), _moments(other)
+    shared = torch.linalg.svdvals(root1 @ root2.T).sum()
+    return float((mean1 - mean2).square().sum() + root1.square().sum() + root2.square().sum() - 2 * shared)
+
+
+def measured_frechet(real: Tensor, other: Tensor, paired: bool = False) -> Measured:
+    """`frechet` and its interval, which does not go below 0.
 
     Args:
         paired: row i of both sets belongs to picture i, as in reconstructions, so they are resampled together.
     """
-
-    def distance(i: Tensor, j: Tensor) -> float:
-        (mean1, root1), (mean2, root2) = _moments(real[i]), _moments(other[j])
-        shared = torch.linalg.svdvals(root1 @ root2.T).sum()
-        return float((mean1 - mean2).square().sum() + root1.square().sum() + root2.square().sum() - 2 * shared)
-
-    return _of_sets(distance, len(real), len(other), paired, set_resamples(real.shape[1]), least=0)
+    resamples = set_resamples(real.shape[1])
+    return _of_sets(lambda i, j: frechet(real[i], other[j]), len(real), len(other), paired, resamples, least=0)
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,19 +159,19 @@ def explained(features: Tensor, groups: Sequence[str]) -> float:
     return 1 - float(within / (total / (len(features) - 1)))
 
 
-def inception_score(logits: Tensor) -> Measured:
+def inception_score(logits: Tensor) -> float:
     """exp E KL(p(y|x) || p(y)) (Salimans et al. 2016, section 4) of logits [N,K], in one split: 1 at least, K at most.
 
     An inception-style score only, unless the logits are Inception's.
     """
     log_p = logits.double().log_softmax(1)
+    marginal = log_p.logsumexp(0) - np.log(len(log_p))
+    return float((log_p.exp() * (log_p - marginal)).sum(1).mean().exp())
 
-    def score(i: Tensor, _: Tensor) -> float:
-        chosen = log_p[i]
-        marginal = chosen.logsumexp(0) - np.log(len(chosen))
-        return float((chosen.exp() * (chosen - marginal)).sum(1).mean().exp())
 
-    return _of_sets(score, len(log_p), 1, False, SET_RESAMPLES, least=1)
+def measured_inception_score(logits: Tensor) -> Measured:
+    """`inception_score` and its interval, which does not go below 1."""
+    return _of_sets(lambda i, _: inception_score(logits[i]), len(logits), 1, False, SET_RESAMPLES, least=1)
 
 
 def clip_scores(images: Tensor, texts: Tensor) -> Tensor:

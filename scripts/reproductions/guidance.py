@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
+from evaluation.metrics import inception_score
 from picturebook import UNITS
 
 from ldm.samplers import sample_ddim
 from pipelines import TextToImagePipeline
 from pipelines.loading import DEFAULT_MODEL
-from reproductions.measure import REAL, fid, inception_score, kind_logits, real_pictures
+from reproductions.measure import REAL, fid, kind_logits, real_pictures
 from reproductions.models import BATCH, PASSES_OF_A_STEP, default_model, render, seconds_a_pass, trained
 from reproductions.plot import curves
 from reproductions.table import SAME_CAPTIONS, Cell, Claim, Paper, Results, Setup, Table, along, fingerprint, rises

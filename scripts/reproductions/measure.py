@@ -1,13 +1,14 @@
-"""Real pictures, and what the judge makes of any: FID in its features, and an inception-style score of its kinds."""
+"""Real pictures, and what the judge makes of any: FID in its features, and its logits of the kinds."""
 
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
+from evaluation.metrics import frechet
 from judge import Judge, load_judge
 from picturebook import UNITS, picture
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.pictures import as_tensor
 
@@ -55,31 +56,6 @@ def kind_logits(images: Tensor) -> Tensor:
         cell = center.flatten(1).argmax(1)
         logits.append(kind.flatten(2)[torch.arange(len(some)), :, cell])
     return torch.cat(logits)
-
-
-class _Given(nn.Identity):
-    """Features that were made before, as torchmetrics wants a feature network."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-
-def frechet(real: Tensor, other: Tensor) -> float:
-    """Frechet distance (Heusel et al. 2017) of two sets of features, each [N,D] with N at least 2."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
-    metric.update(real.double(), real=True)
-    metric.update(other.double(), real=False)
-    return float(metric.compute())
-
-
-def inception_score(logits: Tensor) -> float:
-    """exp(mean of KL(p(y|x) || p(y))) of logits [N,K] (Salimans et al. 2016), from 1 to K; all N are one split."""
-    log_p = logits.double().log_softmax(1)
-    marginal = log_p.exp().mean(0).log()
-    return float((log_p.exp() * (log_p - marginal)).sum(1).mean().exp())
 
 
 def fid(images: Tensor) -> float:

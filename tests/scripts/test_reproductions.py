@@ -186,28 +186,6 @@ def test_along_a_row_or_column() -> None:
         along(results, "m", row="b")
 
 
-@pytest.mark.filterwarnings("ignore:std")
-def test_inception_score_is_that_of_torchmetrics() -> None:
-    from torchmetrics.image.inception import InceptionScore
-
-    logits = 3 * torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
-    with pytest.warns(UserWarning, match="save all extracted features"):
-        metric = InceptionScore(feature=torch.nn.Identity(), splits=1)
-    metric.update(logits)
-    assert measure.inception_score(logits) == pytest.approx(metric.compute()[0].item(), rel=1e-5)
-    assert measure.inception_score(1e4 * torch.eye(7)) == pytest.approx(7)
-    assert measure.inception_score(torch.ones(5, 7)) == pytest.approx(1)
-
-
-def test_frechet_of_gaussians_is_the_closed_form() -> None:
-    generator = torch.Generator().manual_seed(0)
-    white = torch.randn(4000, 3, generator=generator, dtype=torch.float64)
-    white = (white - white.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(white.T.cov())).T
-    shift, scale = torch.tensor([1.0, 0, 2.0]), torch.tensor([1.0, 3.0, 0.5])
-    expected = (shift**2).sum() + ((1 - scale) ** 2).sum()
-    assert measure.frechet(white, white * scale + shift) == pytest.approx(expected.item(), rel=1e-6)
-
-
 def test_the_judge_s_kind_is_that_of_its_surest_thing() -> None:
     images = measure.real_pictures(6, 64, seed=7).images
     logits = measure.kind_logits(images)
