@@ -672,6 +672,8 @@ def test_latents_are_cached_of_one_autoencoder_alone(
     cache.mkdir()
     images = CaptionedImages(DataConfig(path=str(data_folder), size=32), 0)
     first = cached_encodings.cached_latents(images, vae, cache, device)
+    some = cached_encodings.encode_first(3, images, vae, device)
+    torch.testing.assert_close(some, first[:3], rtol=1e-2, atol=1e-2)
     config = json.loads((vae / "config.json").read_text())
     (vae / "config.json").write_text(json.dumps(config | {"scaling_factor": 2.0}))
     second = cached_encodings.cached_latents(images, vae, cache, device)
