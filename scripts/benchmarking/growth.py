@@ -19,6 +19,7 @@ from pipelines.text_to_image import OVERLAP, TILE
 
 RUNS = 3
 STEPS = 2  # of the pictures whose size or number is varied
+LEAST_RANGE = 1.5  # of a plot's y axis, beyond the values to either side
 Axis = list[float]
 Curves = dict[str, dict[str, Axis]]
 """By side: its "seconds" and "bytes" at each value of an axis; bytes beside those of the weights."""
@@ -107,6 +108,8 @@ def _show(row: Mapping[str, Any]) -> None:
 
 
 def _draw(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    from matplotlib.ticker import LogLocator
+
     with figure(file, "Time and memory beside the weights, with the exponents of fitted power laws", 6.5) as drawn:
         grid = drawn.subplots(2, len(rows), sharex="col")
         for column, row in zip(grid.T, rows, strict=True):
@@ -117,7 +120,12 @@ def _draw(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
                     axes.plot(row["values"], [each / scale for each in curve[key]], "o-", color=color, label=label)
                 axes.set(xscale="log", yscale="log")
                 axes.set_xticks(row["values"], labels=row["values"], rotation=90)
-                axes.tick_params(axis="x", which="minor", bottom=False)
-                axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.98), fontsize=9, borderpad=0)
+                axes.set_xticks([], minor=True)
+                low, high = axes.get_ylim()
+                axes.set_ylim(low / LEAST_RANGE, high * LEAST_RANGE)  # what does not grow shall look so
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("")
+                axes.legend(loc="upper left", fontsize=9)
                 if axes is grid[0, 0] or axes is grid[1, 0]:
                     axes.set_ylabel(unit)
