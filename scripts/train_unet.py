@@ -125,6 +125,11 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
                 )
         return self
 
+    @property
+    def text_folder(self) -> Path:
+        """The model folder whose text encoder and tokenizer to start from."""
+        return Path(self.init or self.text_encoder)
+
 
 class Conditioned(nn.Module):
     """U-Net and text encoder as one network: (x_t [B,C,h,w], t [B], text) -> output like x_t.
@@ -242,8 +247,7 @@ def make_network(
     config: UNetTrainingConfig, tokenizer: Tokenizer, captions: list[str], device: torch.device
 ) -> Conditioned:
     """U-Net and text encoder, new or those that are named, with the whitening that the captions ask for."""
-    folder = Path(config.init or config.text_encoder) / "text_encoder"
-    text_encoder = load_text_encoder(folder).float().to(device)
+    text_encoder = load_text_encoder(config.text_folder / "text_encoder").float().to(device)
     whitening = whitening_of(text_encoder, tokenizer, captions) if config.whiten_contexts else None
     torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
     network = Conditioned(make_unet(config, whitening), text_encoder, whitening)
@@ -257,7 +261,6 @@ def make_text(
     tokenizer: Tokenizer,
     captions: list[str],
     accelerator: Accelerator,
-    dtype: torch.dtype,
 ) -> Callable[[list[str]], Tensor]:
     """What the network is given of captions: their ids, or their contexts, encoded once."""
 
@@ -268,7 +271,7 @@ def make_text(
         """In the dtype that the U-Net is about to multiply them in, so that nothing is lost by the cache."""
         with accelerator.autocast():
             encoded: Tensor = text_encoder(ids(captions).to(accelerator.device))
-        return encoded.to(dtype)
+        return encoded.to(DTYPES[accelerator.mixed_precision])
 
     return CachedContexts(contexts, captions) if config.cache_contexts else ids
 
@@ -276,8 +279,7 @@ def make_text(
 def train(config: UNetTrainingConfig) -> None:
     accelerator = make_accelerator(config.loop)
     out = Path(config.loop.out)
-    text_folder = Path(config.init or config.text_encoder)
-    tokenizer = Tokenizer.from_folder(text_folder / "tokenizer")
+    tokenizer = Tokenizer.from_folder(config.text_folder / "tokenizer")
     images = CaptionedImages(config.data, config.loop.seed)
     captions = images.captions()
     dataset: CaptionedDataset = images
@@ -298,16 +300,15 @@ def train(config: UNetTrainingConfig) -> None:
         rate = config.loop.learning_rate * config.text_encoder_rate
         optimizers += make_optimizers(network.text_encoder, config.loop.model_copy(update={"learning_rate": rate}))
     model, *optimizers = accelerator.prepare(network, *optimizers)
-    dtype = DTYPES[accelerator.mixed_precision]
     objective = Objective(
         config.objective,
         config.scheduler,
         "8-bit" if config.autoencoder is None else "continuous",
         config.loop.seed,
         accelerator,
-        make_teacher(config, network.text_encoder, tokenizer, dtype),
+        make_teacher(config, network.text_encoder, tokenizer, DTYPES[accelerator.mixed_precision]),
     )
-    text_of = make_text(config, network.text_encoder, tokenizer, captions, accelerator, dtype)
+    text_of = make_text(config, network.text_encoder, tokenizer, captions, accelerator)
 
     def train_step(batch: Batch) -> dict[str, Tensor]:
         seed = config.loop.seed
@@ -328,7 +329,7 @@ def train(config: UNetTrainingConfig) -> None:
             autoencoder=pixels if config.autoencoder is None else load_autoencoder(Path(config.autoencoder) / "vae"),
             text_encoder=average.text_encoder,
             tokenizer=tokenizer,
-            tokenizer_folder=text_folder / "tokenizer",
+            tokenizer_folder=config.text_folder / "tokenizer",
             scheduler=config.scheduler,
             settings=config.settings.model_copy(update={"words": words}),
         )

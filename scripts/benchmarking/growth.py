@@ -19,7 +19,7 @@ from pipelines.text_to_image import OVERLAP, TILE
 
 RUNS = 3
 STEPS = 2  # of the pictures whose size or number is varied
-LEAST_RANGE = 1.5  # of a plot's y axis, beyond the values to either side
+MARGIN = 1.5  # how many times farther than its curves a y axis goes, so that what does not grow looks so
 Axis = list[float]
 Curves = dict[str, dict[str, Axis]]
 """By side: its "seconds" and "bytes" at each value of an axis; bytes beside those of the weights."""
@@ -122,7 +122,7 @@ def _draw(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
                 axes.set_xticks(row["values"], labels=row["values"], rotation=90)
                 axes.set_xticks([], minor=True)
                 low, high = axes.get_ylim()
-                axes.set_ylim(low / LEAST_RANGE, high * LEAST_RANGE)  # what does not grow shall look so
+                axes.set_ylim(low / MARGIN, high * MARGIN)
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.yaxis.set_minor_formatter("")
