@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,6 +16,9 @@ from pipelines.loading import load_autoencoder
 from pipelines.runtime import pick_dtype, prepare
 from pipelines.stored_model import MODULE_STEM
 from pipelines.weights import files_of, find_weights
+
+OF_THE_DECODER = ("decoder.", "post_quant_conv.")
+"""Weights on which latents do not depend: an autoencoder with another decoder has the same ones."""
 
 
 class CaptionedLatents(CaptionedDataset):
@@ -58,11 +61,13 @@ def encode_first(count: int, images: CaptionedImages, folder: Path, device: torc
 
 
 def cached_latents(images: CaptionedImages, vae: Path, cache: Path, device: torch.device) -> Tensor:
-    """Moments of all pictures, kept in a file named by the autoencoder, its dtype, the data and their fingerprint."""
+    """Moments of all pictures, kept in a file named by the encoder, its dtype, the data and their fingerprint."""
     key = hashlib.sha256(f"{images.config.path}/{images.config.size}/{images.rows._fingerprint}".encode())
     key.update(str(pick_dtype(None, device)).encode())
-    for path in (vae / "config.json", *files_of(find_weights(vae, MODULE_STEM))):
-        key.update(path.read_bytes())
+    key.update((vae / "config.json").read_bytes())
+    for path in files_of(find_weights(vae, MODULE_STEM)):
+        tensors = load_file(path)
+        key.update(save({name: t for name, t in tensors.items() if not name.startswith(OF_THE_DECODER)}))
     file = cache / f"latents-{key.hexdigest()[:16]}.safetensors"
     if not file.exists():
         staged = file.with_suffix(".tmp")

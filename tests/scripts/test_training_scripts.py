@@ -664,7 +664,7 @@ def test_captions_without_words_end_no_training(trained_clip: Path, data_folder:
     assert (out / "samples" / "00000001.png").is_file()
 
 
-def test_latents_are_cached_of_one_autoencoder_alone(
+def test_latents_are_cached_of_one_encoder_alone(
     trained_autoencoder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     vae, cache, device = tmp_path / "vae", tmp_path / "cache", torch.device("cpu")
@@ -674,7 +674,8 @@ def test_latents_are_cached_of_one_autoencoder_alone(
     first = cached_encodings.cached_latents(images, vae, cache, device)
     some = cached_encodings.encode_first(3, images, vae, device)
     torch.testing.assert_close(some, first[:3], rtol=1e-2, atol=1e-2)
-    config = json.loads((vae / "config.json").read_text())
+    original = (vae / "config.json").read_text()
+    config = json.loads(original)
     (vae / "config.json").write_text(json.dumps(config | {"scaling_factor": 2.0}))
     second = cached_encodings.cached_latents(images, vae, cache, device)
     torch.testing.assert_close(second[:, :4], 2 * first[:, :4], rtol=1e-2, atol=1e-2)
@@ -683,6 +684,15 @@ def test_latents_are_cached_of_one_autoencoder_alone(
     with pytest.raises(ValueError, match="makes latents that are not finite: use another autoencoder"):
         cached_encodings.cached_latents(images, vae, cache, device)
     assert len(list(cache.iterdir())) == 2
+
+    (vae / "config.json").write_text(original)
+    (file,) = vae.glob("*.safetensors")
+    weights = load_file(file)
+    for part, files in (("decoder.conv_in", 2), ("post_quant_conv", 2), ("encoder.conv_in", 3), ("quant_conv", 4)):
+        weights[f"{part}.weight"] *= 1.5
+        save_file(weights, file)
+        cached_encodings.cached_latents(images, vae, cache, device)
+        assert len(list(cache.iterdir())) == files, part
 
 
 def test_contexts_that_go_out_of_date_are_not_cached(tmp_path: Path) -> None:
