@@ -58,7 +58,10 @@ def _step(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 class Judge(nn.Module):
-    """images [B,3,64,64] in [-1,1] -> centre, kind, colour and size logits [B,*,16,16] and background logits [B,8]."""
+    """images [B,3,H,W] in [-1,1] -> centre, kind, colour and size logits [B,*,16,16] and background logits [B,8].
+
+    Of other sizes than 64 it sees the area average of 64.
+    """
 
     def __init__(self, width: int = 112) -> None:
         super().__init__()
@@ -69,23 +72,22 @@ class Judge(nn.Module):
         nn.init.constant_(self.heads.bias[:1], -4.0)  # type: ignore[index]  # centres are rare
 
     def features(self, images: Tensor) -> Tensor:
-        """Mean feature vector [B,width] of each picture, which the background decides first of all."""
-        return self.body(self.stem(images)).mean((2, 3))
+        """What it sees in each cell: [B,width,16,16]."""
+        if images.shape[-2:] != (UNITS, UNITS):
+            images = F.interpolate(images, (UNITS, UNITS), mode="area")
+        return self.body(self.stem(images))
 
-    def spread(self, images: Tensor) -> Tensor:
-        """Standard deviation [B,width] of each feature over the picture, which its things decide first of all."""
-        return self.body(self.stem(images)).std((2, 3))
+    def answers(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The logits, of what `features` made."""
+        center, kind, color, size = self.heads(features).split([1, len(KINDS), len(COLORS), len(SIZES)], dim=1)
+        return center[:, 0], kind, color, size, self.background(features.mean((2, 3)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        grid = self.body(self.stem(images))
-        center, kind, color, size = self.heads(grid).split([1, len(KINDS), len(COLORS), len(SIZES)], dim=1)
-        return center[:, 0], kind, color, size, self.background(grid.mean((2, 3)))
+        return self.answers(self.features(images))
 
     @torch.inference_mode()
     def read(self, images: Tensor) -> list[Reading]:
-        """What each picture shows. images [B,3,H,W] in [-1,1]; other sizes than 64 are area-averaged to 64 first."""
-        if images.shape[-1] != UNITS:
-            images = F.interpolate(images, (UNITS, UNITS), mode="area")
+        """What each picture shows."""
         center, kind, color, size, background = self(images)
         probability = center.sigmoid()
         peaks = (F.max_pool2d(probability[:, None], 3, 1, 1)[:, 0] == probability) & (probability > THRESHOLD)

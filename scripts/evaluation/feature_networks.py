@@ -85,14 +85,12 @@ def _judge(things: bool) -> FeatureNetwork:
     judge = load_judge()
 
     def embed(images: Tensor) -> dict[str, Tensor]:
-        images = images.cpu().float()
-        if images.shape[-2:] != (UNITS, UNITS):
-            images = F.interpolate(images, (UNITS, UNITS), mode="area")
-        center, kinds, *_, backgrounds = judge(images)
+        features = judge.features(images.cpu().float())
+        center, kinds, *_, backgrounds = judge.answers(features)
         if not things:
-            return {"features": judge.features(images), "logits": backgrounds}
+            return {"features": features.mean((2, 3)), "logits": backgrounds}
         surest = center.flatten(1).argmax(1)
-        return {"features": judge.spread(images), "logits": kinds.flatten(2)[range(len(images)), :, surest]}
+        return {"features": features.std((2, 3)), "logits": kinds.flatten(2)[range(len(features)), :, surest]}
 
     classes = "the 16 kinds, of the surest thing" if things else "the 8 backgrounds"
     name = "judge-things" if things else "judge"

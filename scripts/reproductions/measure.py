@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.nn.functional as F
+from evaluation.feature_networks import open_network
 from evaluation.metrics import frechet
-from judge import Judge, load_judge
-from picturebook import UNITS, picture
+from picturebook import picture
 from torch import Tensor
 
 from ldm.pictures import as_tensor
@@ -31,31 +30,23 @@ def real_pictures(count: int, size: int, seed: int) -> RealPictures:
     return RealPictures(tuple(scene.text for scene, _ in drawn), images)
 
 
-_judge = cache(load_judge)
-
-
-def _for_judge(images: Tensor) -> Tensor:
-    """Of the judge's size: other sizes are area-averaged, as by `Judge.read`."""
-    return images if images.shape[-1] == UNITS else F.interpolate(images, (UNITS, UNITS), mode="area")
+_open = cache(open_network)
 
 
 @torch.inference_mode()
+def _embedded(images: Tensor, network: str, which: str) -> Tensor:
+    embed = _open(network, torch.device("cpu")).embed
+    return torch.cat([embed(some)[which] for some in images.split(AT_ONCE)])
+
+
 def features(images: Tensor) -> Tensor:
     """The judge's features [N,D] of images [N,3,H,W] in [-1,1]."""
-    judge: Judge = _judge()
-    return torch.cat([judge.features(_for_judge(some)) for some in images.split(AT_ONCE)])
+    return _embedded(images, "judge", "features")
 
 
-@torch.inference_mode()
 def kind_logits(images: Tensor) -> Tensor:
     """The judge's logits [N,K] of the kind of thing in the cell where it is surest of a thing's centre."""
-    judge: Judge = _judge()
-    logits = []
-    for some in images.split(AT_ONCE):
-        center, kind, *_ = judge(_for_judge(some))
-        cell = center.flatten(1).argmax(1)
-        logits.append(kind.flatten(2)[torch.arange(len(some)), :, cell])
-    return torch.cat(logits)
+    return _embedded(images, "judge-things", "logits")
 
 
 def fid(images: Tensor) -> float:

@@ -139,7 +139,7 @@ def test_reads_larger_pictures(frozen: Judge) -> None:
 
 def test_features(frozen: Judge, real: tuple[list[dict[str, Any]], Tensor]) -> None:
     with torch.no_grad():
-        assert frozen.features(real[1][:2]).shape == (2, 112)
+        assert frozen.features(real[1][:2]).shape == (2, 112, 16, 16)
 
 
 def test_missing_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
