@@ -174,18 +174,25 @@ class TokenConv(nn.Conv2d):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the positions of a feature map: x [B,C,h,w], context [B,L,D] -> [B,C,h,w].
+    """Transformer blocks over the positions of a feature map: x [B,C,h,w], context [B,L,D] -> [B,C,h,w].
 
-    Rombach et al. 2022 (arXiv 2112.10752), section 3.3. `linear` says how the projections around the block are stored:
+    Rombach et al. 2022 (arXiv 2112.10752), section 3.3. `depth` is their number. All but the first start as the
+    identity, so that a trained network can be made deeper. `linear` says how the projections around them are stored:
     as `Linear` (SD 2.x) or as 1x1 convolutions (SD 1.x).
     """
 
-    def __init__(self, channels: int, heads: int, context_dim: int, groups: int, *, linear: bool) -> None:
+    def __init__(
+        self, channels: int, heads: int, context_dim: int, groups: int, *, depth: int = 1, linear: bool
+    ) -> None:
         super().__init__()
         projection = nn.Linear if linear else TokenConv
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = projection(channels, channels)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim)])
+        blocks = [TransformerBlock(channels, heads, context_dim) for _ in range(depth)]
+        for block in blocks[1:]:
+            for last in (block.attn1.to_out[0], block.attn2.to_out[0], block.ff.net[2]):
+                zeroed(last)
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = zeroed(projection(channels, channels))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:

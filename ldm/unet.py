@@ -23,6 +23,7 @@ from ldm.layers import (
 )
 
 Count = Annotated[int, Field(ge=1, le=65536)]
+Depth = Annotated[int, Field(ge=1, le=64)]
 DownType = Literal["CrossAttnDownBlock2D", "DownBlock2D"]
 UpType = Literal["CrossAttnUpBlock2D", "UpBlock2D"]
 
@@ -43,7 +44,8 @@ class UNetConfig(BaseModel, frozen=True):
     block_out_channels: Annotated[tuple[Count, ...], Field(min_length=1, max_length=16)] = (320, 640, 1280, 1280)
     down_block_types: tuple[DownType, ...] = (*3 * ("CrossAttnDownBlock2D",), "DownBlock2D")
     up_block_types: tuple[UpType, ...] = ("UpBlock2D", *3 * ("CrossAttnUpBlock2D",))
-    layers_per_block: Annotated[int, Field(ge=1, le=64)] = 2
+    layers_per_block: Depth = 2
+    transformer_layers_per_block: Depth | tuple[Depth, ...] = 1
     attention_head_dim: Count | tuple[Count, ...] = 8
     num_attention_heads: Count | tuple[Count, ...] | None = None
     cross_attention_dim: Count = 1280
@@ -60,7 +62,6 @@ class UNetConfig(BaseModel, frozen=True):
 
     mid_block_type: Literal["UNetMidBlock2DCrossAttn"] = "UNetMidBlock2DCrossAttn"
     act_fn: Literal["silu", "swish"] = "silu"
-    transformer_layers_per_block: Literal[1] = 1
     reverse_transformer_layers_per_block: Literal[None] = None
     center_input_sample: Literal[False] = False
     only_cross_attention: Literal[False] = False
@@ -103,6 +104,12 @@ class UNetConfig(BaseModel, frozen=True):
         return (heads,) * len(self.block_out_channels) if isinstance(heads, int) else heads
 
     @property
+    def depths(self) -> tuple[int, ...]:
+        """Transformer blocks at each place of attention, by levels like `heads`; the last are the middle's too."""
+        depths = self.transformer_layers_per_block
+        return (depths,) * len(self.block_out_channels) if isinstance(depths, int) else depths
+
+    @property
     def attends(self) -> tuple[bool, ...]:
         """Whether each level attends to the context on the way down or up; the last one always does, in the middle."""
         pairs = zip(self.down_block_types, reversed(self.up_block_types), strict=True)
@@ -112,7 +119,12 @@ class UNetConfig(BaseModel, frozen=True):
     @model_validator(mode="after")
     def _check_levels(self) -> Self:
         levels = len(self.block_out_channels)
-        lists = {"down_block_types": self.down_block_types, "up_block_types": self.up_block_types, "heads": self.heads}
+        lists = {
+            "down_block_types": self.down_block_types,
+            "up_block_types": self.up_block_types,
+            "heads": self.heads,
+            "transformer_layers_per_block": self.depths,
+        }
         for name, value in lists.items():
             if len(value) != levels:
                 raise ValueError(f"{name} has {len(value)} entries, but block_out_channels has {levels}")
@@ -155,7 +167,7 @@ class UNet(nn.Module):
 
         def transformer(level: int) -> SpatialTransformer:
             shape = widths[level], config.heads[level], config.cross_attention_dim, groups
-            return SpatialTransformer(*shape, linear=config.use_linear_projection)
+            return SpatialTransformer(*shape, depth=config.depths[level], linear=config.use_linear_projection)
 
         self.time_embedding = embedding()
         self.class_embedding: nn.Module | None = None

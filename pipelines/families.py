@@ -83,8 +83,9 @@ PUBLISHED_SCHEDULER = SchedulerConfig(
 FIXED = {
     "unet": (
         *("in_channels", "out_channels", "block_out_channels", "down_block_types", "up_block_types"),
-        *("layers_per_block", "heads", "cross_attention_dim", "use_linear_projection", "norm_num_groups", "norm_eps"),
-        *("flip_sin_to_cos", "freq_shift", "resnet_time_scale_shift", "num_class_embeds", "class_embed_type"),
+        *("layers_per_block", "depths", "heads", "cross_attention_dim", "use_linear_projection"),
+        *("norm_num_groups", "norm_eps", "flip_sin_to_cos", "freq_shift", "resnet_time_scale_shift"),
+        *("num_class_embeds", "class_embed_type"),
     ),
     "vae": (
         *("in_channels", "out_channels", "block_out_channels", "down_block_types", "up_block_types"),
@@ -195,6 +196,15 @@ def _unet_config(shapes: _Shapes, has_open_clip: bool) -> UNetConfig:
     widths = [shapes[f"input_blocks.{1 + level * blocks}.0.out_layers.3.weight"][0] for level in range(levels)]
     down = [f"input_blocks.{1 + level * blocks}.1.norm.weight" in shapes for level in range(levels)]
     up = [f"output_blocks.{level * blocks}.1.norm.weight" in shapes for level in range(levels)]
+
+    def depth(level: int) -> int:
+        """Transformer blocks at each of a level's places of attention: 1 if it has none."""
+        places = [f"input_blocks.{1 + level * blocks}", f"output_blocks.{(levels - 1 - level) * blocks}"]
+        if level == levels - 1:
+            places.append("middle_block")
+        return max(1, *(shapes.count(rf"{place}\.1\.transformer_blocks\.(\d{{1,4}})\.") for place in places))
+
+    depths = [depth(level) for level in range(levels)]
     return UNetConfig.model_validate(
         {
             "in_channels": shapes["input_blocks.0.0.weight"][1],
@@ -203,6 +213,7 @@ def _unet_config(shapes: _Shapes, has_open_clip: bool) -> UNetConfig:
             "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in down],
             "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in up],
             "layers_per_block": blocks - 1,
+            "transformer_layers_per_block": depths if len(set(depths)) > 1 else depths[0],
             "attention_head_dim": [_heads(width) for width in widths] if has_open_clip else 8,
             "cross_attention_dim": shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][-1],
             "use_linear_projection": len(shapes["middle_block.1.proj_in.weight"]) == 2,

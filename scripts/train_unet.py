@@ -9,9 +9,10 @@ starts from another model's U-Net and text encoder. With `--objective.distill_gu
 guidance what that model does with it.
 """
 
+import operator
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -61,6 +62,24 @@ PROCESS = (
 )
 """What a scheduler says that a teacher and its student must have alike."""
 DTYPES = {name: dtype for dtype, name in PRECISIONS.items()}
+MEANINGS = {
+    "attention_head_dim": "heads",
+    "num_attention_heads": "heads",
+    "transformer_layers_per_block": "depths",
+}
+"""Keys of a U-Net's config that may be written in several ways, and the property that says what they mean."""
+
+
+def _attention_or_same(old: str, new: str) -> bool:
+    return new == old or new.startswith("CrossAttn")
+
+
+GROWTH: dict[str, Callable[[Any, Any], bool]] = {
+    "down_block_types": _attention_or_same,
+    "up_block_types": _attention_or_same,
+    "transformer_layers_per_block": operator.le,
+}
+"""What a network may have more of than the one that it goes on from: whether one level's old entry grows into a new."""
 
 
 class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
@@ -216,7 +235,8 @@ def check_size(config: UNetTrainingConfig, cells: int) -> None:
 
 
 def make_unet(config: UNetTrainingConfig, whitening: Whitening | None) -> UNet:
-    """A new U-Net, or that of `config.init`, which may lack attention blocks: new ones start as the identity.
+    """A new U-Net, or that of `config.init`, which may lack attention or be less deep: what is new starts as the
+    identity.
 
     It takes contexts whitened, if there is a whitening; that of `config.init` takes them raw.
 
@@ -225,16 +245,11 @@ def make_unet(config: UNetTrainingConfig, whitening: Whitening | None) -> UNet:
     if config.init is None:
         return UNet(config.model)
     trained = load_unet(Path(config.init) / "unet").float()
-    for name, wanted in config.model:
-        there = getattr(trained.config, name)
-        if name in ("attention_head_dim", "num_attention_heads"):
-            name, there, wanted = "attention_head_dim", trained.config.heads, config.model.heads
-        if name in ("down_block_types", "up_block_types"):
-            grown = len(there) == len(wanted) and all(
-                new == old or new.startswith("CrossAttn") for old, new in zip(there, wanted, strict=True)
-            )
-            there = wanted if grown else there
-        if name != "sample_size" and there != wanted:
+    for name in UNetConfig.model_fields:
+        meaning = MEANINGS.get(name, name)
+        there, wanted = getattr(trained.config, meaning), getattr(config.model, meaning)
+        grows = name in GROWTH and len(there) == len(wanted) and all(map(GROWTH[name], there, wanted))
+        if name != "sample_size" and there != wanted and not grows:
             raise ValueError(f"init {config.init} has {name} {there}, but model.{name} is {wanted}: make them agree")
     if whitening is not None:
         trained = whitening.unfolded(trained)

@@ -26,7 +26,7 @@ from pipelines import TextToImagePipeline, loading
 from pipelines.convert import convert
 from pipelines.families import PUBLISHED, PUBLISHED_SCHEDULER, configs_from_shapes, differences
 from pipelines.inspection import inspect_model
-from pipelines.key_map import ema_name, to_single_file
+from pipelines.key_map import ema_name, from_single_file, to_single_file
 from pipelines.prediction_type import checked, find_prediction_type, share_of_input
 from pipelines.weights import on_meta
 from text_encoder import TextEncoder
@@ -204,6 +204,22 @@ def test_the_published_sizes(published: int, kind: str, counts: tuple[int, int, 
     told = configs_from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     assert differences(told, PUBLISHED_SCHEDULER) == []
     assert told.text_encoder == configs.text_encoder.model_copy(update={"projection_dim": (768, 1024)[published]})
+
+
+@pytest.mark.parametrize("depths", [2, (1, 3, 2, 1), (1, 1, 1, 4)])
+def test_the_depth_of_transformers_shows_in_the_names(depths: int | tuple[int, ...]) -> None:
+    first = PUBLISHED[0]
+    configs = first._replace(unet=first.unet.model_copy(update={"transformer_layers_per_block": depths}))
+    modules = on_meta(lambda: (UNet(configs.unet), Autoencoder(configs.vae), TextEncoder(configs.text_encoder)))
+    weights = {part: module.state_dict() for part, module in zip(configs._fields, modules, strict=True)}
+    tensors = to_single_file(configs, weights)
+    told = configs_from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    assert told.unet == configs.unet
+    (fault,) = differences(told, PUBLISHED_SCHEDULER)
+    assert fault == f"unet.depths is {configs.unet.depths}, not (1, 1, 1, 1)"
+    expected = {part: set(names) for part, names in weights.items()}
+    back = from_single_file(configs, expected, tensors)
+    assert {part: set(names) for part, names in back.items()} == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)

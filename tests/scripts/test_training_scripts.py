@@ -539,7 +539,7 @@ def test_a_teacher_of_other_noise_is_refused(
         train_unet.train(config)
 
 
-def test_an_init_may_lack_attention_but_be_of_no_other_shape(
+def test_an_init_may_lack_attention_or_depth_but_be_of_no_other_shape(
     trained_clip: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     def config(**change: Any) -> UNetTrainingConfig:
@@ -562,11 +562,13 @@ def test_an_init_may_lack_attention_but_be_of_no_other_shape(
         "down_block_types": ["CrossAttnDownBlock2D" for _ in wider],
         "up_block_types": ["CrossAttnUpBlock2D" for _ in wider],
     }
-    grown = grown_from(trained, **more)
-    assert len(grown.state_dict()) > len(same.state_dict())
     x, context = torch.randn(2, 3, 32, 32), torch.randn(2, 7, PIXELS["cross_attention_dim"])
-    with torch.no_grad():
-        torch.testing.assert_close(grown(x, torch.tensor([5, 900]), context), same(x, torch.tensor([5, 900]), context))
+    for change in (more, {"transformer_layers_per_block": [1] * (len(wider) - 1) + [3]}):
+        grown = grown_from(trained, **change)
+        assert len(grown.state_dict()) > len(same.state_dict())
+        with torch.no_grad():
+            before = same(x, torch.tensor([5, 900]), context)
+            torch.testing.assert_close(grown(x, torch.tensor([5, 900]), context), before)
     less = {"down_block_types": ["DownBlock2D" for _ in wider]}
     with pytest.raises(ValueError, match=r"has down_block_types .*, but model.down_block_types is .*: make them agree"):
         grown_from(trained, **less)
@@ -664,9 +666,7 @@ def test_captions_without_words_end_no_training(trained_clip: Path, data_folder:
     assert (out / "samples" / "00000001.png").is_file()
 
 
-def test_latents_are_cached_of_one_encoder_alone(
-    trained_autoencoder: Path, data_folder: Path, tmp_path: Path
-) -> None:
+def test_latents_are_cached_of_one_encoder_alone(trained_autoencoder: Path, data_folder: Path, tmp_path: Path) -> None:
     vae, cache, device = tmp_path / "vae", tmp_path / "cache", torch.device("cpu")
     shutil.copytree(trained_autoencoder / "model" / "vae", vae)
     cache.mkdir()
