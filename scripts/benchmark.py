@@ -30,7 +30,7 @@ from benchmarking.growth import measure_growth
 from benchmarking.shortcuts import measure_shortcuts, show_shortcuts
 from benchmarking.timing import MEGABYTE, refuse_difference, run_process, spread, table
 from benchmarking.training_step import training_step
-from benchmarking.workloads import PRESETS, Setup, Side, Sides, coding, guided_step, picture, write_model
+from benchmarking.workloads import PRESETS, PROMPT, Setup, Side, Sides, coding, guided_step, picture, write_model
 from PIL import Image
 from torch import Tensor
 
@@ -39,7 +39,6 @@ from pipelines.errors import one_line_errors
 from pipelines.runtime import pick_device, pick_dtype
 
 ROOT = Path(__file__).parents[1]
-PROMPT = "a red house under a yellow sun"
 LDM = (
     "import sys; from pipelines.cli import main; main(sys.argv[1:]);"
     "import torch; print(torch.cuda.max_memory_allocated())"

@@ -22,10 +22,11 @@ from pipelines.runtime import prepare
 from pipelines.scheduler_config import SchedulerConfig
 from pipelines.settings import Settings
 from pipelines.stored_model import stock_config
-from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer
+from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, encode_prompts
 
 STEPS = 20  # of which a single step is the middle one
 CONTEXT = 77  # tokens
+PROMPT = "a red house under a yellow sun"
 TOKENIZER = DEFAULT_MODEL / "tokenizer"
 TINY = NetworkConfigs(
     UNetConfig(
@@ -111,8 +112,20 @@ class Setup:
         cells = self.size // self.preset.configs.vae.downsampling_factor
         return self.noise(self.preset.configs.vae.latent_channels, cells, cells)
 
-    def context(self, seed: int) -> Tensor:
-        return self.noise(CONTEXT, self.preset.configs.unet.cross_attention_dim, seed=seed)
+    def contexts(self) -> tuple[Tensor, Tensor]:
+        """Those of a prompt and of none, [B,L,D] both; of a model of random weights unit noise.
+
+        To trained weights noise is far from any prompt, and they magnify its rounding to errors of a tenth.
+        """
+        if self.preset.folder is None:
+            shape = CONTEXT, self.preset.configs.unet.cross_attention_dim
+            return self.noise(*shape, seed=1), self.noise(*shape, seed=2)
+        model = load_model(self.preset.folder)
+        prompts, empty = [PROMPT] * self.batch, [""] * self.batch
+        with torch.no_grad():
+            encoded = encode_prompts(model.text_encoder.float(), model.tokenizer, prompts, empty, batch=self.batch)
+        ((cond, uncond),) = encoded.batches
+        return cond.to(self.device), uncond.to(self.device)
 
 
 @dataclass(frozen=True)
@@ -169,7 +182,7 @@ def guided_step(setup: Setup) -> Sides:
     """One guided step from the middle of 20."""
     preset, device = setup.preset, setup.device
     unet, theirs = ready(UNet, "unet", setup)
-    x, cond, uncond = setup.latents(), setup.context(seed=1), setup.context(seed=2)
+    x, (cond, uncond) = setup.latents(), setup.contexts()
     schedule, scale, middle = preset.scheduler.make_schedule(), preset.settings.guidance, STEPS // 2
     grid = preset.scheduler.time_grid(schedule, STEPS, "ddim")[middle : middle + 2]
     denoise = classifier_free(make_denoiser(unet, schedule, preset.scheduler.prediction), cond, uncond, scale)
@@ -198,7 +211,7 @@ def picture(setup: Setup, steps: int) -> Sides:
     preset, device = setup.preset, setup.device
     unet, their_unets = ready(UNet, "unet", setup)
     autoencoder, their_vaes = ready(Autoencoder, "vae", setup)
-    x, cond, uncond = setup.latents(), setup.context(seed=1), setup.context(seed=2)
+    x, (cond, uncond) = setup.latents(), setup.contexts()
     schedule, scale = preset.scheduler.make_schedule(), preset.settings.guidance
     grid = preset.scheduler.time_grid(schedule, steps, "ddim")
 

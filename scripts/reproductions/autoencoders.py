@@ -6,12 +6,13 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
+from evaluation.measurements import from_pixels, to_pixels
 from picturebook import UNITS
 from torch import Tensor
 
 from pipelines.loading import load_autoencoder
 from reproductions.measure import REAL, fid, real_pictures
-from reproductions.models import BATCH, PASSES_OF_A_STEP, configured, seconds_taken, to_8_bits, trained
+from reproductions.models import BATCH, PASSES_OF_A_STEP, configured, seconds_taken, trained
 from reproductions.plot import bars
 from reproductions.table import Cell, Claim, Paper, Results, Setup, Table
 
@@ -54,7 +55,8 @@ def measure(cell: Cell, setup: Setup) -> dict[str, float]:
 def reconstruct(autoencoder: "Autoencoder", images: Tensor) -> Tensor:
     """Decoded modes of the posterior, rounded to 8 bits."""
     autoencoder.eval()
-    return to_8_bits(torch.cat([autoencoder.decode(autoencoder.encode(some)) for some in images.split(BATCH)]))
+    decoded = torch.cat([autoencoder.decode(autoencoder.encode(some)) for some in images.split(BATCH)])
+    return from_pixels(to_pixels(decoded))
 
 
 def seconds(cells: Sequence[Cell], setup: Setup) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evaluation.measurements import from_pixels, to_pixels
 from picturebook import write_folder
 from torch import Generator, Tensor
 
@@ -103,12 +104,7 @@ def render(
         x = randn(torch.Size((len(some), *_latent_shape(pipe)))).to(pipe.device)
         x = sample(denoiser(pipe, some, scale), x, pipe.schedule, times, randn=randn)
         images.append(pipe.autoencoder.decode(x.to(pipe.autoencoder_dtype)).float().cpu())
-    return to_8_bits(torch.cat(images))
-
-
-def to_8_bits(images: Tensor) -> Tensor:
-    """Images in [-1,1] on the 256 levels of a file."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    return from_pixels(to_pixels(torch.cat(images)))
 
 
 def _noise_of(seeds: range) -> Callable[[torch.Size], Tensor]:

@@ -212,7 +212,10 @@ def test_table() -> None:
     assert timing.table(rows) == "name         s\na            1\nlong one  22.5"
 
 
-@pytest.mark.parametrize("command", ["inference", "autoencoder", "autoencoder --encode", "train --batch 2"])
+@pytest.mark.parametrize(
+    "command",
+    ["inference", "autoencoder", "autoencoder --encode", "train --batch 2", "train --batch 2 --preset default"],
+)
 def test_same_work_in_float32(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = ["--steps", "3"] if command == "inference" else []
     rows = measure(monkeypatch, tmp_path, *command.split(), *steps, "--against", "diffusers", "--dtype", "float32")
