@@ -61,6 +61,8 @@ PROCESS = (
     "prediction_type",
 )
 """What a scheduler says that a teacher and its student must have alike."""
+HISTORY = {"recipe", "scores", "words", "notes"}
+"""What a model's settings say of its past."""
 DTYPES = {name: dtype for dtype, name in PRECISIONS.items()}
 MEANINGS = {
     "attention_head_dim": "heads",
@@ -87,8 +89,8 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
     loop: LoopConfig
     autoencoder: str | None = None
     """A model folder: its `vae` is used. None trains on pixels."""
-    text_encoder: str
-    """A model folder: its `text_encoder` and `tokenizer` are used."""
+    text_encoder: str | None = None
+    """A model folder: its `text_encoder` and `tokenizer` are used, unless there is `init`."""
     model: UNetConfig = UNetConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -108,7 +110,22 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
     averaged network's loss on the first 256 is logged, with their own captions and with others': the difference is what
     the words are worth. A student's is how far it is from its teacher, whatever the caption."""
     init: str | None = None
-    """A model folder whose U-Net and text encoder to start from."""
+    """A model folder whose U-Net and text encoder to start from. What is not said of autoencoder, model, scheduler and
+    of the settings that render is its, too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _go_on(cls, said: dict[str, Any]) -> dict[str, Any]:
+        if said.get("init") is None:
+            return said
+        init = load_model(said["init"])
+        pixels = isinstance(init.autoencoder, IdentityAutoencoder)
+        own: dict[str, BaseModel] = {"model": init.unet.config, "scheduler": init.scheduler, "settings": init.settings}
+        merged: dict[str, Any] = {"autoencoder": None if pixels else said["init"], **said}
+        for name, part in own.items():
+            if isinstance(of_part := said.get(name, {}), dict):
+                merged[name] = part.model_dump(exclude_defaults=True, exclude=HISTORY) | of_part
+        return merged
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -121,6 +138,8 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
                 f"model.out_channels is {channels}, but must be {wanted} with scheduler.variance_type"
                 f" {self.scheduler.variance_type}"
             )
+        if self.text_encoder is None and self.init is None:
+            raise ValueError("text_encoder is missing: name a model folder whose text encoder to use, or an init")
         if self.text_encoder_rate != 1 and not self.train_text_encoder:
             raise ValueError("text_encoder_rate goes with train_text_encoder: true, or it says nothing")
         if self.cache_contexts and self.train_text_encoder:
@@ -147,7 +166,9 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
     @property
     def text_folder(self) -> Path:
         """The model folder whose text encoder and tokenizer to start from."""
-        return Path(self.init or self.text_encoder)
+        folder = self.init or self.text_encoder
+        assert folder is not None, "_check saw to it"
+        return Path(folder)
 
 
 class Conditioned(nn.Module):

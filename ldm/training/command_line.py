@@ -22,10 +22,10 @@ def parse_config(config_class: type[Config], description: str, arguments: list[s
     parser = Parser(description=description)
     parser.add_argument("--config", action="config", help="YAML file; later arguments, another file too, override it")
     parser.add_class_arguments(config_class, as_group=False)
-    parsed = parser.parse_args(arguments)
-    del parsed["config"]
+    said = parser.parse_args(arguments, defaults=False)  # what is not said is for the class to settle
+    said.pop("config", None)
     try:
-        return config_class.model_validate(parsed.as_dict())
+        return config_class.model_validate(said.as_dict())
     except ValidationError as error:  # fields that are right each for itself, but not together
         fault = error.errors()[0]
         return parser.error(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}")

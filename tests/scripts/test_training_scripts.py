@@ -30,9 +30,11 @@ from ldm.training.data import Batch, CaptionedImages, DataConfig
 from ldm.training.loop import LoopConfig, Training, make_accelerator
 from ldm.unet import UNet
 from pipelines import TextToImagePipeline
-from pipelines.loading import load_autoencoder, load_model, load_unet
+from pipelines.loading import DEFAULT_MODEL, load_autoencoder, load_model, load_unet
+from pipelines.settings import Settings
 from text_encoder import Tokenizer
 
+STEPS_AND_GUIDANCE: dict[str, Any] = {"steps": 2, "guidance": 2.0}
 STUDENT = {"objective": {"distill_guidance": 3.0}, "settings": {"guidance": 1.0}}
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
@@ -83,7 +85,7 @@ def unet_config(out: Path, data: Path, vae: Path, text: Path, /, **changes: Any)
         "model": TINY_UNET,
         "scheduler": ZERO_SNR,
         "objective": {"min_snr_gamma": 5, "caption_dropout": 0.5},
-        "settings": {"steps": 2, "guidance": 2.0},
+        "settings": STEPS_AND_GUIDANCE,
     }
     return UNetTrainingConfig(**{**fields, **changes})
 
@@ -256,6 +258,29 @@ def test_unet_writes_a_model_that_renders(trained_unet: Path, data_folder: Path)
     assert (settings["steps"], settings["guidance"]) == (2, 2.0)
     captions = [json.loads(line)["text"] for line in (data_folder / "metadata.jsonl").read_text().splitlines()]
     assert settings["words"] == sorted({word for caption in captions for word in caption.replace(",", "").split()})
+
+
+def test_what_is_not_said_is_as_in_the_init(trained_unet: Path) -> None:
+    init = str(trained_unet / "model")
+    said = ["--data.path", "data", "--loop.out", "out", "--init", init]
+    model, config = load_model(init), parse_config(UNetTrainingConfig, "", said)
+    assert (config.autoencoder, str(config.text_folder)) == (init, init)
+    assert (config.model, config.scheduler) == (model.unet.config, model.scheduler)
+    assert config.settings == Settings(**STEPS_AND_GUIDANCE)  # whose recipe and words are not this one's
+
+    said += ["--model.transformer_layers_per_block", "2", "--scheduler.timestep_spacing", "linspace"]
+    said += ["--settings.guidance", "1", "--autoencoder", "other"]
+    config = parse_config(UNetTrainingConfig, "", said)
+    assert config.model == model.unet.config.model_copy(update={"transformer_layers_per_block": 2})
+    assert config.scheduler == model.scheduler.model_copy(update={"timestep_spacing": "linspace"})
+    assert config.settings == Settings(**{**STEPS_AND_GUIDANCE, "guidance": 1})
+    assert config.autoencoder == "other"
+
+
+def test_an_init_of_pixels_goes_on_with_pixels(trained_clip: Path, data_folder: Path, tmp_path: Path) -> None:
+    train_unet.train(unet_config(tmp_path, data_folder, tmp_path, trained_clip, autoencoder=None, model={**PIXELS}))
+    said = ["--data.path", "data", "--loop.out", "out", "--init", str(tmp_path / "model")]
+    assert parse_config(UNetTrainingConfig, "", said).autoencoder is None
 
 
 @pytest.mark.parametrize("train_text_encoder", [False, True])
@@ -623,7 +648,9 @@ def test_logit_normal_times_are_drawn_from_it_and_not_weighed(
         ({"objective": {"distill_guidance": 3, "loss": "hybrid"}}, "distill_guidance is a loss of its own"),
         ({"objective": {"distill_guidance": 3, "min_snr_gamma": 5}}, "distill_guidance is a loss of its own"),
         ({**STUDENT}, "distill_guidance goes with init"),
-        ({**STUDENT, "init": "model"}, "distill_guidance goes with train_text_encoder: f"),
+        ({**STUDENT, "init": str(DEFAULT_MODEL)}, "distill_guidance goes with train_text_encoder: f"),
+        ({"text_encoder": None}, "text_encoder is missing: name a model folder"),
+        ({"init": "nowhere"}, "model nowhere does not exist"),
         ({"scheduler": {"variance_type": "learned_range"}}, "model.out_channels is 4, but must be 8"),
         ({"model": {**TINY_UNET, "out_channels": 8}}, "model.out_channels is 8, but must be 4"),
     ],
@@ -744,9 +771,7 @@ def test_presets_are_valid(stage: str, config_class: Any) -> None:
 def test_the_student_s_preset_fits_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(train_unet.__file__).parents[1]
     monkeypatch.chdir(root)
-    presets = [f"scripts/configs/picturebook_{name}.yaml" for name in ("unet", "student")]
-    config = parse_config(UNetTrainingConfig, "", ["--config", presets[0], "--config", presets[1]])
-    assert config.init == config.autoencoder == config.text_encoder
+    config = parse_config(UNetTrainingConfig, "", ["--config", "scripts/configs/picturebook_student.yaml"])
     teacher = load_model(config.init)
     assert config.objective.distill_guidance == teacher.settings.guidance
     assert config.settings.guidance == 1
