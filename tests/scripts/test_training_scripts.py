@@ -28,7 +28,7 @@ from ldm.training import randomness
 from ldm.training.command_line import parse_config
 from ldm.training.data import Batch, CaptionedImages, DataConfig
 from ldm.training.loop import LoopConfig, Training, make_accelerator
-from ldm.unet import UNet
+from ldm.unet import UNet, UNetConfig
 from pipelines import TextToImagePipeline
 from pipelines.loading import DEFAULT_MODEL, load_autoencoder, load_model, load_unet
 from pipelines.settings import Settings
@@ -648,7 +648,10 @@ def test_logit_normal_times_are_drawn_from_it_and_not_weighed(
         ({"objective": {"distill_guidance": 3, "loss": "hybrid"}}, "distill_guidance is a loss of its own"),
         ({"objective": {"distill_guidance": 3, "min_snr_gamma": 5}}, "distill_guidance is a loss of its own"),
         ({**STUDENT}, "distill_guidance goes with init"),
-        ({**STUDENT, "init": str(DEFAULT_MODEL)}, "distill_guidance goes with train_text_encoder: f"),
+        (
+            {**STUDENT, "init": str(DEFAULT_MODEL), "model": UNetConfig(**TINY_UNET)},
+            "distill_guidance goes with train_text_encoder: f",
+        ),
         ({"text_encoder": None}, "text_encoder is missing: name a model folder"),
         ({"init": "nowhere"}, "model nowhere does not exist"),
         ({"scheduler": {"variance_type": "learned_range"}}, "model.out_channels is 4, but must be 8"),
