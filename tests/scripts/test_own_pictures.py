@@ -19,7 +19,7 @@ from autoencoder import AutoencoderConfig, VQAutoencoderConfig
 from ldm.training.command_line import parse_config
 from ldm.unet import UNet
 from pipelines import cli
-from pipelines.loading import find_model
+from pipelines.loading import find_model, load_model
 from text_encoder import Tokenizer
 
 ROOT = Path(train_unet.__file__).parents[1]
@@ -87,13 +87,17 @@ def test_presets_fit_together(size: int) -> None:
         UNet(unet.model)
 
 
-def test_the_smallest_autoencoder_preset_is_shaped_like_the_default_model_s_that_it_starts_from() -> None:
-    own, default = (
-        parse_config(AutoencoderTrainingConfig, "", ["--config", str(CONFIGS / f"{name}_autoencoder.yaml")])
-        for name in ("own_64", "picturebook")
+def test_the_smallest_presets_are_shaped_like_the_default_model_that_they_start_from() -> None:
+    autoencoder, unet = (
+        parse_config(kind, "", ["--config", str(CONFIGS / f"own_64_{stage}.yaml")])
+        for stage, kind in (("autoencoder", AutoencoderTrainingConfig), ("unet", UNetTrainingConfig))
     )
-    assert own.init == "pipelines/default_model"
-    assert own.model == default.model
+    default = load_model(None)
+    recipe = parse_config(AutoencoderTrainingConfig, "", ["--config", str(CONFIGS / "picturebook_autoencoder.yaml")])
+    assert autoencoder.init == unet.init == "pipelines/default_model"
+    assert autoencoder.model == recipe.model
+    assert (unet.model, unet.scheduler) == (default.unet.config, default.scheduler)
+    assert (unet.settings.steps, unet.settings.guidance) == (default.settings.steps, default.settings.guidance)
 
 
 def test_an_autoencoder_of_another_shape_is_no_start(parts_folder: Path) -> None:

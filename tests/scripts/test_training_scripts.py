@@ -775,7 +775,9 @@ def test_the_student_s_preset_fits_its_teacher(monkeypatch: pytest.MonkeyPatch) 
     root = Path(train_unet.__file__).parents[1]
     monkeypatch.chdir(root)
     config = parse_config(UNetTrainingConfig, "", ["--config", "scripts/configs/picturebook_student.yaml"])
+    assert config.init == config.autoencoder == str(config.text_folder)
     teacher = load_model(config.init)
+    assert (config.model, config.scheduler) == (teacher.unet.config, teacher.scheduler)
     assert config.objective.distill_guidance == teacher.settings.guidance
     assert config.settings.guidance == 1
     train_unet.make_unet(config, None)
