@@ -76,7 +76,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(silu(self.norm1(x)))
-        h = self.conv2(silu(self.norm2(h)))
+        h = silu(self.norm2(h))  # gives up what went in before the convolution
+        h = self.conv2(h)
         out: Tensor = self.conv_shortcut(x) + h
         return out
 
@@ -185,12 +186,18 @@ class Level(nn.Module):
         self.downsamplers = nn.ModuleList(downsamplers)
         self.upsamplers = nn.ModuleList(upsamplers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            x = attention(resnet(x))
-        for step in (*self.downsamplers, *self.upsamplers):
-            x = step(x)
-        return x
+
+def steps(levels: nn.ModuleList) -> Iterator[nn.Module]:
+    """What to apply of all levels, in order.
+
+    A level has no forward of its own: to call it as a whole would keep its input to its end, and at full size that is
+    the largest of all feature maps.
+    """
+    for level in levels:
+        assert isinstance(level, Level)
+        for resnet, attention in zip(level.resnets, level.attentions, strict=True):
+            yield from (resnet, attention)
+        yield from (*level.downsamplers, *level.upsamplers)
 
 
 class Encoder(nn.Module):
@@ -212,8 +219,8 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(images)
-        for level in self.down_blocks:
-            x = level(x)
+        for step in steps(self.down_blocks):
+            x = step(x)
         x = self.mid_block(x)
         out: Tensor = self.conv_out(silu(self.conv_norm_out(x)))
         return out
@@ -238,8 +245,8 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(latents))
-        for level in self.up_blocks:
-            x = level(x)
+        for step in steps(self.up_blocks):
+            x = step(x)
         out: Tensor = self.conv_out(silu(self.conv_norm_out(x)))
         return out
 

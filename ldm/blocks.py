@@ -51,7 +51,8 @@ class ResidualBlock(nn.Module):
     def branch(self, x: Tensor, emb: Tensor) -> Tensor:
         """What the block adds to x."""
         h = self.conv1(silu(self.norm1(x)))
-        out: Tensor = self.conv2(silu(adaptive_norm(self.norm2, h, self.time_emb_proj(emb))))
+        h = silu(adaptive_norm(self.norm2, h, self.time_emb_proj(emb)))  # gives up what went in before the convolution
+        out: Tensor = self.conv2(h)
         return out
 
 

@@ -26,15 +26,6 @@ SHOWN = ("0", "1", "4")  # the w written beside the curves
 LITTLE = 0.5
 STEPS = 20
 SCORE = "inception-style score"
-PROCESS = {
-    "num_train_timesteps",
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-}
-"""What of the default model's scheduler the training is of."""
 WEIGHTS = (DEFAULT_MODEL / "unet", DEFAULT_MODEL / "vae", DEFAULT_MODEL / "text_encoder")
 
 
@@ -43,22 +34,18 @@ def model(share: str, setup: Setup) -> TextToImagePipeline:
     if share == OWN:
         return default_model()
     folder = setup.out / f"guidance-{share}-{setup.training_steps}steps-from-{fingerprint(*WEIGHTS)}"
-    own = default_model().model
-    network, process = own.unet.config.model_dump(mode="json"), own.scheduler.model_dump(mode="json", include=PROCESS)
     settings = {
-        **{f"model.{name}": value for name, value in network.items()},
-        **{f"scheduler.{name}": value for name, value in process.items()},
         "init": str(DEFAULT_MODEL),
         "autoencoder": str(DEFAULT_MODEL),
-        "text_encoder": str(DEFAULT_MODEL),
         "train_text_encoder": False,
+        "cache_contexts": True,
+        "whiten_contexts": True,
+        "objective.times": "logit_normal",
         "objective.caption_dropout": float(share),
+        "loop.optimizer": "muon",
         "loop.learning_rate": 2e-4,
-        "settings.steps": STEPS,
     }
-    return TextToImagePipeline.from_pretrained(
-        trained(folder, "picturebook_unet", UNITS, setup.training_steps, settings)
-    )
+    return TextToImagePipeline.from_pretrained(trained(folder, "own_64_unet", UNITS, setup.training_steps, settings))
 
 
 def measure(cell: Cell, setup: Setup) -> dict[str, float]:

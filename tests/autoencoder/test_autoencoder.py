@@ -1,6 +1,7 @@
 """The autoencoder against diffusers' `AutoencoderKL`."""
 
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -101,6 +102,21 @@ def test_gradients_reach_what_is_upsampled() -> None:
     assert upsample.conv.weight.grad.abs().min() > 0
     with torch.no_grad():
         torch.testing.assert_close(upsample(x), upsample(x.detach()))
+
+
+@torch.no_grad()
+def test_feature_maps_are_given_up_as_soon_as_they_are_used() -> None:
+    decoder = Autoencoder.from_diffusers_config(small(2)).eval().decoder
+    used: dict[str, ref[Tensor]] = {}
+    gone: dict[str, bool] = {}
+    last = decoder.up_blocks[-1]
+    watched = {"a level's input": (decoder.up_blocks[0].upsamplers[0], last.resnets[1])}
+    watched |= {f"inside block {i}": (block.conv1, block.conv2) for i, block in enumerate(last.resnets)}
+    for name, (source, later) in watched.items():
+        source.register_forward_hook(lambda _, __, out, name=name: used.update({name: ref(out)}))
+        later.register_forward_pre_hook(lambda _, __, name=name: gone.update({name: used[name]() is None}))
+    decoder(torch.randn(1, 3, 4, 4))
+    assert gone == dict.fromkeys(watched, True)
 
 
 @torch.no_grad()

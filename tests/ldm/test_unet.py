@@ -1,15 +1,17 @@
 """The U-Net against diffusers' own, weights for weights and output for output."""
 
+import json
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.layers import Conv3x3
 from ldm.unet import UNet, UNetConfig
+from pipelines.loading import DEFAULT_MODEL
 
 SMALL = {"norm_num_groups": 8, "cross_attention_dim": 20}
 THREE = {"block_out_channels": (16, 32, 48), "layers_per_block": 2}
@@ -173,6 +175,27 @@ def test_gradients_equal_diffusers(change: dict[str, Any], labels: Tensor | None
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def kept(network: nn.Module, config: dict[str, Any]) -> int:
+    """Bytes that a forward pass keeps for the gradient, without the parameters."""
+    storages = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = network(*inputs(config))
+    assert out is not None
+    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
+
+
+def test_training_the_default_model_keeps_less_than_diffusers() -> None:
+    config = json.loads((DEFAULT_MODEL / "unet" / "config.json").read_text())
+    ours, theirs = pair(config)
+    assert 0 < kept(ours, config) < kept(theirs, config)
 
 
 def test_the_full_model_has_the_published_parameters() -> None:

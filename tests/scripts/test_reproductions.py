@@ -476,7 +476,7 @@ def test_guidance_trains_and_renders_as_a_cell_says(tmp_path: Path, monkeypatch:
     figures = guidance.measure(("0.3", "0.2"), Setup(tmp_path, 3, 7))
     assert (asked["folder"], asked["preset"], asked["steps"]) == (
         f"guidance-0.2-7steps-from-{fingerprint(*guidance.WEIGHTS)}",
-        "picturebook_unet",
+        "own_64_unet",
         7,
     )
     assert (asked["objective.caption_dropout"], asked["init"]) == (0.2, str(DEFAULT_MODEL))
