@@ -127,14 +127,21 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(in_features, 2 * out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A product for each: two halves of one tensor would be strided, which slows down everything that reads them.
-        halves = zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True)
-        values, gate = (F.linear(x, weight, bias) for weight, bias in halves)
+        halves = self._halves(x)
         if not x.requires_grad:
-            return gated(values, gate)
+            return gated(*halves)
         # Kept for the gradient, GELUs alone would be a ninth of the memory that training takes: they are made again.
-        out: Tensor = checkpoint(gated, values, gate, use_reentrant=False, preserve_rng_state=False)
+        out: Tensor = checkpoint(gated, *halves, use_reentrant=False, preserve_rng_state=False)
         return out
+
+    def _halves(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Values and gates [B,N,D]. On a CPU each has a product of its own: halves of one tensor are strided, which
+        slows down all that reads them."""
+        if x.device.type == "cpu":
+            each = zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True)
+            return tuple(F.linear(x, weight, bias) for weight, bias in each)
+        halves: tuple[Tensor, ...] = self.proj(x).chunk(2, dim=-1)
+        return halves
 
 
 def gated(values: Tensor, gate: Tensor) -> Tensor:

@@ -312,6 +312,24 @@ def make_text(
     return CachedContexts(contexts, captions) if config.cache_contexts else ids
 
 
+def finished_model(
+    config: UNetTrainingConfig, network: Conditioned, tokenizer: Tokenizer, captions: list[str]
+) -> Model:
+    """What is written: the network, which takes contexts as they are, with all that it was trained on and for."""
+    unet, whitening = network.unet, network.whitening
+    pixels = IdentityAutoencoder(IdentityAutoencoderConfig(latent_channels=config.model.in_channels))
+    words = tuple(sorted(set().union(*map(words_in, set(captions)))))
+    return Model(
+        unet=unet if whitening is None else whitening.folded(unet),
+        autoencoder=pixels if config.autoencoder is None else load_autoencoder(Path(config.autoencoder) / "vae"),
+        text_encoder=network.text_encoder,
+        tokenizer=tokenizer,
+        tokenizer_folder=config.text_folder / "tokenizer",
+        scheduler=config.scheduler,
+        settings=config.settings.model_copy(update={"words": words}),
+    )
+
+
 def train(config: UNetTrainingConfig) -> None:
     accelerator = make_accelerator(config.loop)
     out = Path(config.loop.out)
@@ -356,22 +374,8 @@ def train(config: UNetTrainingConfig) -> None:
             norm = apply_gradients(training, model, optimizers)
         return {"loss": losses.mean().detach(), "gradient_norm": norm}
 
-    pixels = IdentityAutoencoder(IdentityAutoencoderConfig(latent_channels=config.model.in_channels))
-
-    def finished_model() -> Model:
-        words = tuple(sorted(set().union(*map(words_in, set(captions)))))
-        return Model(
-            unet=average.unet if average.whitening is None else average.whitening.folded(average.unet),
-            autoencoder=pixels if config.autoencoder is None else load_autoencoder(Path(config.autoencoder) / "vae"),
-            text_encoder=average.text_encoder,
-            tokenizer=tokenizer,
-            tokenizer_folder=config.text_folder / "tokenizer",
-            scheduler=config.scheduler,
-            settings=config.settings.model_copy(update={"words": words}),
-        )
-
     def sheet(file: Path) -> None:
-        save_model(out / "model", finished_model(), torch.float16)
+        save_model(out / "model", finished_model(config, average, tokenizer, captions), torch.float16)
         pipe = TextToImagePipeline.from_pretrained(out / "model", device=accelerator.device)
         prompts = [caption for caption in captions if caption.strip()][:SHOWN] or ["a picture"]
         write_sheet(file, pipe(prompts, seed=0).images, columns=8)
@@ -382,7 +386,7 @@ def train(config: UNetTrainingConfig) -> None:
         training.measure = lambda: held_out(average)
     fit(training)
     if accelerator.is_main_process:
-        save_model(out / "model", finished_model(), torch.float16)
+        save_model(out / "model", finished_model(config, average, tokenizer, captions), torch.float16)
     accelerator.end_training()
 
 
