@@ -130,7 +130,7 @@ class GEGLU(nn.Module):
         halves = self._halves(x)
         if not x.requires_grad:
             return gated(*halves)
-        # Kept for the gradient, GELUs alone would be a ninth of the memory that training takes: they are made again.
+        # GELUs alone would be a ninth of all that is kept for the gradient: they are made again instead.
         out: Tensor = checkpoint(gated, *halves, use_reentrant=False, preserve_rng_state=False)
         return out
 
