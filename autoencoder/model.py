@@ -153,8 +153,8 @@ def convolve_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     for row in (0, 1):
         for column in (0, 1):
             kernel = _two_taps(_two_taps(weight.float(), row, dim=2), column, dim=3).to(weight.dtype)
-            padded = F.pad(x, (1 - column, column, 1 - row, row))
-            out[:, :, row, :, column] = F.conv2d(padded, kernel, bias).permute(0, 2, 3, 1)
+            convolved = F.conv2d(x, kernel, bias, padding=1)[:, :, row : row + height, column : column + width]
+            out[:, :, row, :, column] = convolved.permute(0, 2, 3, 1)
     return out.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 
 

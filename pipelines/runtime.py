@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ldm.denoiser import Denoiser, Estimate
 from ldm.hardware import fastest_dtype
+from pipelines.winograd import use_winograd
 
 DTYPES = {
     "float32": torch.float32,
@@ -62,6 +63,8 @@ def prepare(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None
     module.to(device=device, dtype=dtype)
     module.to(memory_format=torch.channels_last)
     module.eval().requires_grad_(False)
+    if device.type == "cpu" and dtype == torch.float32:
+        use_winograd(module)
 
 
 @contextmanager
