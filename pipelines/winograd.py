@@ -6,7 +6,6 @@ transpose. That is 36 products for each pair of channels where the definition ta
 products of matrices. Rounding errors are two to three times the definition's: a few millionths of what comes out.
 """
 
-from collections.abc import Sequence
 from types import MethodType
 
 import torch
@@ -80,7 +79,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         transformed = _transform_kernels(kernels)
         for first in range(0, down, at_a_time):
             rows = min(at_a_time, down - first)
-            tiles = _transform_inputs(_window(x, first, rows), rows, across)
+            tiles = _transform_inputs(_window(x, first, rows))
             products = torch.bmm(tiles.flatten(0, 1).flatten(1, 3), transformed)
             products = products.view(IN, IN, batch, rows, across, -1)
             products[1, 1] += shift  # A' makes of it one and the same for all outputs
@@ -103,13 +102,14 @@ def _transform_kernels(weight: Tensor) -> Tensor:
     return (both_sides @ weight.permute(0, 2, 3, 1).flatten(1, 2)).permute(1, 2, 0)
 
 
-def _transform_inputs(window: Tensor, down: int, across: int) -> Tensor:
+def _transform_inputs(window: Tensor) -> Tensor:
     """B' d B of the tiles d that overlap in a window [B,h,w,C]: [6,6,B,down,across,C]."""
-    batch, _, width, channels = window.shape
-    halfway = window.new_empty(IN, batch, down, width, channels)
-    _times_b([window[:, i : i + OUT * down - 3 : OUT] for i in range(IN)], halfway)
-    tiles = window.new_empty(IN, IN, batch, down, across, channels)
-    _times_b([halfway[:, :, :, i : i + OUT * across - 3 : OUT] for i in range(IN)], tiles.transpose(0, 1))
+    along_height = window.unfold(1, IN, OUT).movedim(-1, 0)
+    halfway = window.new_empty(along_height.shape)
+    _times_b(along_height, halfway)
+    along_width = halfway.unfold(3, IN, OUT).movedim(-1, 0)
+    tiles = window.new_empty(along_width.shape)
+    _times_b(along_width, tiles.transpose(0, 1))
     return tiles
 
 
@@ -122,7 +122,7 @@ def _transform_outputs(products: Tensor, out: Tensor) -> None:
     _times_a(halfway.transpose(0, 1), tiles.permute(4, 2, 0, 1, 3, 5))
 
 
-def _times_b(d: Sequence[Tensor], out: Tensor) -> None:
+def _times_b(d: Tensor, out: Tensor) -> None:
     """B' d along one side, to `out`: six sums of the six inputs."""
     torch.sub(d[4], d[2], alpha=5, out=out[0]).add_(d[0], alpha=4)
     even, odd = torch.sub(d[4], d[2], alpha=4), torch.sub(d[3], d[1], alpha=4)
