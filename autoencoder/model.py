@@ -77,8 +77,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(silu(self.norm1(x)))
         h = silu(self.norm2(h))  # gives up what went in before the convolution
-        h = self.conv2(h)
-        out: Tensor = self.conv_shortcut(x) + h
+        out: Tensor = self.conv2(h)
+        out += self.conv_shortcut(x)
         return out
 
 
@@ -98,7 +98,8 @@ class AttentionBlock(nn.Module):
         tokens = self.group_norm(x).permute(0, 2, 3, 1).reshape(batch, 1, height * width, channels)
         attended = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         attended = self.to_out[0](attended).reshape(batch, height, width, channels)
-        out: Tensor = x + attended.permute(0, 3, 1, 2)
+        out: Tensor = attended.permute(0, 3, 1, 2)
+        out += x
         return out
 
 

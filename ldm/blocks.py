@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.layers import Context, Conv3x3, Downsample, SpatialTransformer, Upsample, silu, zeroed
+from ldm.layers import Context, Conv3x3, Downsample, GroupNorm, SpatialTransformer, Upsample, silu, zeroed
 
 BlockType = Literal["residual", "convnext", "channel_attention"]
 
@@ -37,15 +37,16 @@ class ResidualBlock(nn.Module):
         self, in_channels: int, out_channels: int, features: int, groups: int, eps: float, *, scale_shift: bool
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = Conv3x3(in_channels, out_channels)
         self.time_emb_proj = nn.Linear(features, 2 * out_channels if scale_shift else out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
         self.conv2 = zeroed(Conv3x3(out_channels, out_channels))
         self.conv_shortcut = shortcut(in_channels, out_channels)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        out: Tensor = self.branch(x, emb) + self.conv_shortcut(x)
+        out = self.branch(x, emb)
+        out += self.conv_shortcut(x)
         return out
 
     def branch(self, x: Tensor, emb: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ldm.layers import (
     Attention,
     Context,
     Downsample,
+    GroupNorm,
     Reading,
     SpatialTransformer,
     TimeEmbedding,
@@ -193,7 +194,7 @@ class UNet(nn.Module):
             attentions = [transformer(level) for _ in range(attending)]
             self.up_blocks.insert(0, UpBlock(resnets, attentions, None if level == 0 else Upsample(width)))
         self.mid_block = MidBlock([block(widths[-1], widths[-1]) for _ in range(2)], [transformer(-1)])
-        self.conv_norm_out = nn.GroupNorm(groups, widths[0], config.norm_eps)
+        self.conv_norm_out = GroupNorm(groups, widths[0], config.norm_eps)
         self.conv_out = zeroed(nn.Conv2d(widths[0], config.out_channels, 3, padding=1))
 
     @classmethod

@@ -1,6 +1,7 @@
 """The U-Net against diffusers' own, weights for weights and output for output."""
 
 import json
+import math
 from typing import Any
 
 import diffusers
@@ -9,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ldm.layers import Conv3x3
+from ldm.layers import Conv3x3, GroupNorm, attend
 from ldm.unet import UNet, UNetConfig
 from pipelines.loading import DEFAULT_MODEL
 
@@ -255,6 +256,53 @@ def test_a_product_of_matrices_stands_for_a_convolution_of_few_positions(
     many = torch.randn(2, 6, 9, 9, dtype=torch.float64)
     expected = torch.nn.functional.conv2d(many, conv.weight, conv.bias, stride, padding=1)
     assert torch.equal(conv(many), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("channels", "side", "by_way"),
+    [(32, 8, True), (24 * 8, 8, True), (16 * 8, 8, False), (40 * 8, 8, False), (32, 32, False)],
+    ids=["groups of 4", "of 24", "of 16, a vector", "of 40", "of 4, many positions"],
+)
+def test_a_group_norm_of_narrow_groups_goes_by_way_of_float32(
+    channels: int, side: int, by_way: bool, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    norm = GroupNorm(8, channels, eps=1e-3)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    norm.to(dtype)
+    drawn = 3 + 2 * torch.randn(2, 2, channels, side, side, generator=generator)
+    x, grad = (each.to(torch.bfloat16, memory_format=torch.channels_last) for each in drawn)
+    given = x.requires_grad_(), norm.weight, norm.bias
+    out = norm(x)
+    assert ("GroupNormInFloat32" in type(out.grad_fn).__name__) == by_way
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    if not by_way:
+        assert torch.equal(out, nn.functional.group_norm(x, 8, norm.weight, norm.bias, eps=1e-3))
+        return
+    exact = [each.detach().float().requires_grad_() for each in given]
+    expected = nn.functional.group_norm(exact[0], 8, *exact[1:], eps=1e-3)
+    assert torch.equal(out, expected.bfloat16()), "rounded but once"
+    gradients = torch.autograd.grad(out, given, grad)
+    for found, wanted in zip(gradients, torch.autograd.grad(expected, exact, grad.float()), strict=True):
+        assert torch.equal(found, wanted.to(found.dtype))
+    norm.requires_grad_(False)
+    assert torch.equal(torch.autograd.grad(norm(x), x, grad)[0], gradients[0]), "where the norm does not train"
+
+
+@pytest.mark.parametrize("keys", [4, 77, 300])
+def test_attention_trains_by_its_formula(keys: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(2, 3, n, 8, generator=generator, dtype=torch.float64) for n in (256, keys, keys, 256))
+    given = [each.requires_grad_() for each in (q, k, v)]
+    out = attend(q, k, v)
+    scores = torch.einsum("bhnd,bhld->bhnl", q, k) / math.sqrt(8)
+    expected = torch.einsum("bhnl,bhld->bhnd", scores.exp() / scores.exp().sum(-1, keepdim=True), v)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    pairs = zip(*(torch.autograd.grad(each, given, grad) for each in (out, expected)), strict=True)
+    for found, wanted in pairs:
+        torch.testing.assert_close(found, wanted, atol=1e-11, rtol=0)
 
 
 def test_pure_bfloat16_stays_near_float32_and_in_bfloat16() -> None:
