@@ -294,8 +294,8 @@ def test_a_group_norm_of_narrow_groups_goes_by_way_of_float32(
 @pytest.mark.parametrize(
     ("dtype", "off"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=str
 )
-@pytest.mark.parametrize("keys", [4, 77, 300])
-def test_attention_trains_by_its_formula(keys: int, dtype: torch.dtype, off: float) -> None:
+@pytest.mark.parametrize("keys", [4, 77, 300, 600])
+def test_attention_and_its_gradient_are_the_formulas(keys: int, dtype: torch.dtype, off: float) -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(2, 3, n, 8, generator=generator).to(dtype) for n in (256, keys, keys, 256)]
     *given, grad = (each.requires_grad_() for each in drawn)
@@ -307,6 +307,22 @@ def test_attention_trains_by_its_formula(keys: int, dtype: torch.dtype, off: flo
     for each, wanted in zip(found, (expected, *torch.autograd.grad(expected, exact, exact_grad)), strict=True):
         assert each.dtype == dtype
         assert (each.double() - wanted).norm() < off * wanted.norm()
+    with torch.no_grad():
+        assert (attend(*given).double() - expected).norm() < off * expected.norm()
+
+
+@pytest.mark.parametrize(("keys", "read"), [(77, 80), (80, 80), (513, 513)])
+@torch.no_grad()
+def test_few_keys_are_filled_up_for_the_cpu(keys: int, read: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, fused = [], nn.functional.scaled_dot_product_attention
+
+    def look(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        seen.append((k.shape[2], v.shape[2], bool(options)))
+        return fused(q, k, v, **options)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", look)
+    attend(torch.randn(1, 2, 5, 8), *torch.randn(2, 1, 2, keys, 8))
+    assert seen == [(read, read, read > keys)]
 
 
 def test_pure_bfloat16_stays_near_float32_and_in_bfloat16() -> None:
