@@ -28,7 +28,7 @@ def decode_tiled(autoencoder: LatentDecoder, latents: Tensor, tile: int, overlap
     edges and by attention, fades over the overlap without a seam.
 
     Args:
-        tile: side of a tile, in latents; latents that fit into one are decoded at once.
+        tile: side of a tile, in latents, at most; latents that fit into one are decoded at once.
         overlap: of neighbouring tiles, in latents, at least; 0 shows seams.
 
     Raises:
@@ -36,10 +36,14 @@ def decode_tiled(autoencoder: LatentDecoder, latents: Tensor, tile: int, overlap
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap is {overlap} latents; give 0 to {tile - 1}, less than the tile's {tile}")
-    sides = latents.shape[-2:]
-    if max(sides) <= tile:
+    if max(latents.shape[-2:]) <= tile:
         return autoencoder.decode(latents)
-    thinned_out = F.interpolate(latents, [min(side, tile) for side in sides], mode="nearest-exact")
+    return torch.cat([_decode_tiled(autoencoder, picture, tile, overlap) for picture in torch.split(latents, 1)])
+
+
+def _decode_tiled(autoencoder: LatentDecoder, latents: Tensor, tile: int, overlap: int) -> Tensor:
+    """Of one picture's latents [1,C,h,w]."""
+    thinned_out = F.interpolate(latents, [min(side, tile) for side in latents.shape[-2:]], mode="nearest-exact")
     fade = partial(_in_parts, tile=tile, overlap=overlap, factor=autoencoder.downsampling_factor)
     with _norms_of(autoencoder, thinned_out):
         return fade(partial(fade, autoencoder.decode, dim=-1), latents, dim=-2)
@@ -48,25 +52,31 @@ def decode_tiled(autoencoder: LatentDecoder, latents: Tensor, tile: int, overlap
 def _in_parts(
     decode: Callable[[Tensor], Tensor], latents: Tensor, *, dim: int, tile: int, overlap: int, factor: int
 ) -> Tensor:
-    """`decode(latents)`, `tile` latents along one dimension at a time; summed in float32 or better."""
+    """`decode(latents)`, at most `tile` latents along one dimension at a time; summed in float32 or better."""
     length = latents.shape[dim]
-    starts = tile_starts(length, tile, overlap)
-    parts = [decode(latents.narrow(dim, start, min(tile, length))) for start in starts]
+    starts, tile = divide(length, tile, overlap)
+    parts = [decode(latents.narrow(dim, start, tile)) for start in starts]
     weights = tile_weights([factor * start for start in starts], factor * length, factor * tile, factor * overlap)
     shape, dtype = list(parts[0].shape), parts[0].dtype
     shape[dim] = factor * length
     images = parts[0].new_zeros(shape, dtype=torch.promote_types(dtype, torch.float32))
     for start, part, weight in zip(starts, parts, weights.to(images.device), strict=True):
-        first, size = factor * start, part.shape[dim]
+        first, size = factor * start, factor * tile
         share = weight[first : first + size].reshape(-1, *[1] * (-1 - dim))
         images.narrow(dim, first, size).add_(share * part)
     return images.to(dtype)
 
 
-def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where the tiles of one dimension start: as few as can overlap by that much, evenly spread from end to end."""
-    steps = max(0, ceil((length - tile) / (tile - overlap)))
-    return [index * (length - tile) // steps for index in range(steps + 1)] if steps else [0]
+def divide(length: int, tile: int, overlap: int) -> tuple[list[int], int]:
+    """Where the tiles of one dimension start, and their side: as few as can overlap by that much, and as small.
+
+    They are spread evenly from end to end.
+    """
+    if length <= tile:
+        return [0], length
+    steps = ceil((length - tile) / (tile - overlap))
+    side = ceil((length + steps * overlap) / (steps + 1))
+    return [index * (length - side) // steps for index in range(steps + 1)], side
 
 
 def tile_weights(starts: list[int], length: int, tile: int, overlap: int) -> Tensor:
@@ -84,26 +94,28 @@ def tile_weights(starts: list[int], length: int, tile: int, overlap: int) -> Ten
 
 @contextmanager
 def _norms_of(autoencoder: LatentDecoder, latents: Tensor) -> Iterator[None]:
-    """Meanwhile each group norm takes the means and variances that it finds in decoding these latents [B,C,h,w]."""
+    """Meanwhile each group norm takes the means and variances that it finds in decoding these latents [1,C,h,w]."""
     modules = autoencoder.modules() if isinstance(autoencoder, nn.Module) else ()
     norms = [module for module in modules if isinstance(module, nn.GroupNorm)]
-    found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    found: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
 
-    def hook(norm: nn.GroupNorm, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        (x,) = inputs
-        groups = x.float().reshape(len(x), norm.num_groups, -1)
+    def normalize(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+        """In x's memory layout; statistics, [C] each, weight and bias in float32 or better."""
+        exact = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = norm.weight.to(exact), norm.bias.to(exact)
         if norm not in found:
-            variance, mean = torch.var_mean(groups, 2, correction=0, keepdim=True)
-            found[norm] = mean, (variance + norm.eps).rsqrt()
-            return output
-        mean, scale = found[norm]
-        normal = ((groups - mean) * scale).reshape(x.shape).to(x.dtype)
-        return normal * norm.weight[:, None, None] + norm.bias[:, None, None]
+            channels, positions = x.shape[1], x[0, 0].numel()
+            y, mean, scale = torch.native_group_norm(x, weight, bias, 1, channels, positions, norm.num_groups, norm.eps)
+            width = channels // norm.num_groups
+            found[norm] = mean[0].repeat_interleave(width), scale[0].repeat_interleave(width) ** -2
+            return y
+        return F.batch_norm(x, *found[norm], weight, bias, eps=0)
 
-    handles = [norm.register_forward_hook(hook) for norm in norms]
+    for norm in norms:
+        norm.forward = partial(normalize, norm)  # type: ignore[method-assign]
     try:
         autoencoder.decode(latents)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for norm in norms:
+            del norm.forward

@@ -444,8 +444,7 @@ class TextToImagePipeline:
         decode = (
             partial(decode_tiled, self.autoencoder, tile=TILE, overlap=OVERLAP) if tiled else self.autoencoder.decode
         )
-        parts = torch.split(latents, 1 if tiled else BATCH)
-        images = torch.cat([decode(some.to(self.autoencoder_dtype)).float() for some in parts])
+        images = torch.cat([decode(some.to(self.autoencoder_dtype)).float() for some in torch.split(latents, BATCH)])
         if self.autoencoder_dtype == torch.float16 and not bool(images.isfinite().all()):
             notice("this autoencoder's values exceed float16; it decodes in float32")
             self.autoencoder_dtype = torch.float32

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder import Autoencoder, AutoencoderConfig
-from autoencoder.tiling import decode_tiled, tile_starts, tile_weights
+from autoencoder.tiling import decode_tiled, divide, tile_weights
 
 AWKWARD = [(64, 16, 4), (17, 8, 3), (23, 8, 7), (9, 8, 0), (31, 10, 5), (8, 8, 2), (5, 8, 4), (1, 1, 0), (100, 7, 6)]
 
@@ -69,23 +69,26 @@ def make_autoencoder(norms: bool) -> Autoencoder:
 
 @pytest.mark.parametrize(("length", "tile", "overlap"), AWKWARD)
 def test_tiles_cover_the_length_and_overlap(length: int, tile: int, overlap: int) -> None:
-    starts = tile_starts(length, tile, overlap)
+    starts, side = divide(length, tile, overlap)
     assert starts[0] == 0
-    assert starts[-1] == max(0, length - tile)
+    assert starts[-1] == length - side
+    assert side <= tile
     steps = [after - before for before, after in pairwise(starts)]
-    assert all(0 < step <= tile - overlap for step in steps)
+    assert all(0 < step <= side - overlap for step in steps)
     assert max(steps, default=0) - min(steps, default=0) <= 1
-    assert len(starts) == 1 or (len(starts) - 2) * (tile - overlap) + tile < length  # with one less
+    fewer, smaller = len(starts) - 1, side - 1
+    assert fewer == 0 or fewer * (tile - overlap) + overlap < length
+    assert len(starts) * (smaller - overlap) + overlap < length
 
 
 @pytest.mark.parametrize(("length", "tile", "overlap"), AWKWARD)
 def test_weights_of_tiles_sum_to_one(length: int, tile: int, overlap: int) -> None:
-    starts = tile_starts(length, tile, overlap)
-    weights = tile_weights(starts, length, tile, overlap)
+    starts, side = divide(length, tile, overlap)
+    weights = tile_weights(starts, length, side, overlap)
     torch.testing.assert_close(weights.sum(0), torch.ones(length), atol=1e-6, rtol=0)
     for start, weight in zip(starts, weights, strict=True):
-        assert (weight[start : start + tile] > 0).all()
-        assert weight.count_nonzero() == min(tile, length)
+        assert (weight[start : start + side] > 0).all()
+        assert weight.count_nonzero() == side
 
 
 def test_weights_rise_and_fall_linearly() -> None:
@@ -135,8 +138,8 @@ def test_only_edges_differ_without_norms() -> None:
     """Without them the decoder looks no further than its convolutions, so what is far from edges is as if whole."""
     autoencoder = make_autoencoder(norms=False)
     latents = noise(1, 4, 16, 48)
-    whole, tiled = autoencoder.decode(latents), decode_tiled(autoencoder, latents, 32, 4)
-    left = slice(0, 2 * 16)  # of the second tile, and 12 latents, the decoder's reach, from the first one's end
+    whole, tiled = autoencoder.decode(latents), decode_tiled(autoencoder, latents, 30, 6)
+    left = slice(0, 2 * 15)  # 6 latents from where the second tile starts, and 12, the decoder's reach, from the end
     torch.testing.assert_close(tiled[..., left], whole[..., left], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(tiled, whole, atol=1e-5)
 
@@ -178,14 +181,27 @@ def test_tiles_are_close_to_the_whole() -> None:
     assert difference.square().mean().sqrt() < 0.3 * whole.std()  # 0.21; by each tile's own norms 0.69
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_half_precision_stays() -> None:
-    autoencoder = make_autoencoder(norms=True).bfloat16()
-    images = decode_tiled(autoencoder, uneven(8, 24).bfloat16(), 16, 4)
-    assert images.dtype == torch.bfloat16
+def test_half_precision_stays(dtype: torch.dtype) -> None:
+    autoencoder = make_autoencoder(norms=True).to(dtype)
+    images = decode_tiled(autoencoder, uneven(8, 24).to(dtype), 16, 4)
+    assert images.dtype == dtype
     torch.testing.assert_close(
         images.float(), decode_tiled(autoencoder.float(), uneven(8, 24), 16, 4), atol=0.05, rtol=0.05
     )
+
+
+@torch.no_grad()
+def test_feature_maps_keep_their_memory_layout() -> None:
+    autoencoder = make_autoencoder(norms=True).to(memory_format=torch.channels_last)
+    norms = [module for module in autoencoder.decoder.modules() if isinstance(module, nn.GroupNorm)]
+    seen: list[Tensor] = []
+    for norm in norms:
+        norm.register_forward_hook(lambda _, inputs, output: seen.extend((*inputs, output)))
+    decode_tiled(autoencoder, uneven(8, 24), 16, 4)
+    assert len(seen) == 2 * 2 * 3 * len(norms)  # in and out, of two pictures, thinned out and in two tiles
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in seen)
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(8, 8), (8, -1), (0, 0)])
