@@ -6,7 +6,7 @@ identity along its residual stream.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -133,6 +133,21 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
+def joined(matrices: Sequence[Tensor]) -> Tensor | None:
+    """The matrix of the rows of all these, if they lie in memory one after the other, without gradients."""
+    if torch.compiler.is_compiling():  # places in memory are not known there
+        return None
+    first = matrices[0]
+    memory, end = first.untyped_storage().data_ptr(), first.storage_offset()
+    for matrix in matrices:
+        if matrix.requires_grad or not matrix.is_contiguous() or matrix.storage_offset() != end:
+            return None
+        if matrix.untyped_storage().data_ptr() != memory:
+            return None
+        end += matrix.numel()
+    return first.as_strided((sum(map(len, matrices)), first.shape[1]), first.stride())
+
+
 @dataclass(frozen=True)
 class Reading:
     """What a network makes of a context [B,L,D] by itself, so that it need not be made again at every time: of each
@@ -161,15 +176,35 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(source, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
+    def join(self) -> None:
+        """For self-attention without gradients: moves the weights of queries, keys and values to where each follows the
+        other in memory, so that x is multiplied by all three at once. They stay three in name, in the state dict and in
+        what they do; whatever moves or replaces one of them later takes them apart.
+        """
+        weights = self.to_q.weight, self.to_k.weight, self.to_v.weight
+        together = torch.cat([weight.data for weight in weights])
+        for weight, rows in zip(weights, torch.chunk(together, 3), strict=True):
+            weight.data = rows
+
     def read(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of what is attended to: [B,L,D] -> [B,H,L,d] twice."""
         return self._heads(self.to_k(source)), self._heads(self.to_v(source))
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        k, v = context.of[self] if isinstance(context, Reading) else self.read(x if context is None else context)
-        mixed = attend(self._heads(self.to_q(x)), k, v)
+        q, k, v = self._read_itself(x) if context is None else (self._heads(self.to_q(x)), *self._look_up(context))
+        mixed = attend(q, k, v)
         out: Tensor = self.to_out[0](mixed.transpose(1, 2).flatten(2))
         return out
+
+    def _look_up(self, context: Context) -> tuple[Tensor, Tensor]:
+        return context.of[self] if isinstance(context, Reading) else self.read(context)
+
+    def _read_itself(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of x [B,N,C]: [B,H,N,d] thrice."""
+        together = joined((self.to_q.weight, self.to_k.weight, self.to_v.weight))
+        if together is None:
+            return self._heads(self.to_q(x)), *self.read(x)
+        return tuple(self._heads(each) for each in F.linear(x, together).chunk(3, dim=-1))
 
     def _heads(self, tokens: Tensor) -> Tensor:
         """[B,N,C] -> [B,H,N,d]."""

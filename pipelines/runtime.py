@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ldm.denoiser import Denoiser, Estimate
 from ldm.hardware import fastest_dtype
+from ldm.layers import TransformerBlock
 from pipelines.winograd import use_winograd
 
 DTYPES = {
@@ -59,10 +60,13 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
 
 
 def prepare(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Readies a module for rendering in place: moved, cast, channels last, no dropout, no gradients."""
+    """Readies a module for rendering in place: moved, cast, channels last, no dropout, no gradients, weights joined."""
     module.to(device=device, dtype=dtype)
     module.to(memory_format=torch.channels_last)
     module.eval().requires_grad_(False)
+    for part in module.modules():
+        if isinstance(part, TransformerBlock):
+            part.attn1.join()
     if device.type == "cpu" and dtype == torch.float32:
         use_winograd(module)
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ldm.layers import Conv3x3, GroupNorm, attend
+from ldm.layers import Attention, Conv3x3, GroupNorm, attend, joined
 from ldm.unet import UNet, UNetConfig
 from pipelines.loading import DEFAULT_MODEL
 
@@ -323,6 +323,67 @@ def test_few_keys_are_filled_up_for_the_cpu(keys: int, read: int, monkeypatch: p
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", look)
     attend(torch.randn(1, 2, 5, 8), *torch.randn(2, 1, 2, keys, 8))
     assert seen == [(read, read, read > keys)]
+
+
+def projections(attention: Attention) -> tuple[Tensor, ...]:
+    return attention.to_q.weight, attention.to_k.weight, attention.to_v.weight
+
+
+def test_joined_projections_are_the_same_in_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    attention = Attention(16, 4).requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in attention.state_dict().items()}
+    x = torch.randn(2, 10, 16, requires_grad=True)
+    expected = attention(x)
+    (of_x,) = torch.autograd.grad(expected.sum(), x)
+    attention.join()
+    after = attention.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    together = joined(projections(attention))
+    assert together is not None
+    assert torch.equal(together, torch.cat(projections(attention)))
+    assert together.data_ptr() == attention.to_q.weight.data_ptr()
+    linear, widths = nn.functional.linear, []
+
+    def count(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        widths.append(len(weight))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(nn.functional, "linear", count)
+    out = attention(x)
+    assert widths == [48, 16]
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], of_x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda attention: attention.double(),
+        lambda attention: attention.requires_grad_(True),
+        lambda attention: attention.to_k.weight.data.copy_(torch.zeros(16, 16)),
+        lambda attention: setattr(attention.to_v.weight, "data", torch.zeros(16, 16)),
+        lambda attention: setattr(attention.to_q.weight, "data", attention.to_q.weight.data.t()),
+        lambda attention: setattr(attention.to_k.weight, "data", attention.to_v.weight.data),
+        lambda attention: setattr(attention.to_k.weight, "data", torch.zeros(48, 16)[16:32]),
+        lambda attention: attention.load_state_dict(Attention(16, 4).state_dict()),
+        lambda attention: attention.load_state_dict(Attention(16, 4).state_dict(), assign=True),
+    ],
+    ids=["cast", "trained", "written", "replaced", "turned", "shared", "elsewhere", "loaded", "assigned"],
+)
+def test_what_happens_to_joined_weights_counts(change: Any) -> None:
+    torch.manual_seed(0)
+    attention, other = (Attention(16, 4).requires_grad_(False) for _ in range(2))
+    attention.join()
+    change(attention)
+    other.to(attention.to_q.weight.dtype).load_state_dict(attention.state_dict())
+    x = torch.randn(2, 10, 16, dtype=attention.to_q.weight.dtype)
+    out = attention(x)
+    torch.testing.assert_close(out, other(x))
+    if out.requires_grad:
+        out.sum().backward()
+        assert all(weight.grad is not None for weight in projections(attention))
 
 
 def test_pure_bfloat16_stays_near_float32_and_in_bfloat16() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.denoiser import Denoiser, Estimate
+from ldm.layers import Attention, joined
 from ldm.samplers import StepInfo
 from pipelines import TextToImagePipeline
 from pipelines.runtime import CudaGraph
@@ -32,6 +33,13 @@ def test_a_compiled_pipeline_renders_the_same(
     assert list(ours.unet.state_dict()) == list(pipe.unet.state_dict())
     options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "pt"}
     assert torch.equal(ours("a red house", **options).images, pipe("a red house", **options).images)
+
+
+def test_self_attention_reads_its_input_in_one_product(pipe: TextToImagePipeline) -> None:
+    for name, module in pipe.unet.named_modules():
+        if isinstance(module, Attention):
+            together = joined((module.to_q.weight, module.to_k.weight, module.to_v.weight))
+            assert (together is not None) == name.endswith("attn1")
 
 
 def test_float32_is_not_rounded_to_tf32_while_rendering(pipe: TextToImagePipeline) -> None:
