@@ -77,7 +77,7 @@ class Step:
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         accelerator, adversary = self.training.accelerator, self.config.adversary
-        images = batch.inputs.to(accelerator.device, memory_format=torch.channels_last)
+        images = batch.inputs.to(accelerator.device, memory_format=torch.channels_last, non_blocking=True)
         with accelerator.accumulate(self.autoencoder, self.discriminator):
             reconstruction, values = self._train_autoencoder(batch, images)
             if adversary.start is not None and batch.step >= adversary.start:
@@ -89,7 +89,8 @@ class Step:
         model = accelerator.unwrap_model(self.autoencoder)
         f = model.downsampling_factor
         shape = (model.config.latent_channels, images.shape[2] // f, images.shape[3] // f)
-        eps = randomness.normal(shape, config.loop.seed, "posterior", batch.step, batch.positions).to(images.device)
+        eps = randomness.normal(shape, config.loop.seed, "posterior", batch.step, batch.positions)
+        eps = eps.to(images.device, non_blocking=True)
         reconstruction, bottleneck = self.autoencoder(images, eps)
         pixels = reconstruction_loss(images, reconstruction)
         values = {"loss": pixels.detach(), "psnr": psnr(images, reconstruction.detach())}
@@ -201,13 +202,14 @@ def train(config: AutoencoderTrainingConfig) -> None:
     torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
     autoencoder = make_autoencoder(config)
     discriminator = PatchDiscriminator(config.adversary.width)
-    ema = make_ema(autoencoder, config.loop)
+    ema = make_ema(autoencoder, config.loop, accelerator.device)
     autoencoder.to(memory_format=torch.channels_last)
     discriminator.to(memory_format=torch.channels_last)
     optimizers = make_optimizers(autoencoder, config.loop)
-    adversary = torch.optim.AdamW(discriminator.parameters(), config.adversary.learning_rate, betas=(0.5, 0.9))
+    adversary = torch.optim.AdamW(
+        discriminator.parameters(), config.adversary.learning_rate, betas=(0.5, 0.9), fused=True
+    )
     prepared = accelerator.prepare(autoencoder, discriminator, *optimizers, adversary)
-    ema.to(accelerator.device)
     images = CaptionedImages(config.data, config.loop.seed)
     training = Training(accelerator, config.loop, images, list(prepared[2:]), train_step=lambda batch: {})
     training.train_step = Step(training, config, prepared[0], prepared[1])

@@ -104,7 +104,7 @@ def train(config: ClassifierTrainingConfig) -> None:
     torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
     channels = moments.shape[1] // 2
     classifier = NoisyClassifier(config.classifier, channels, len(names))
-    ema = make_ema(classifier, config.loop).to(accelerator.device)
+    ema = make_ema(classifier, config.loop, accelerator.device)
     model, *optimizers = accelerator.prepare(classifier, *make_optimizers(classifier, config.loop))
 
     def train_step(batch: Batch) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ def train(config: ClassifierTrainingConfig) -> None:
         eps = randomness.normal(x0.shape[1:], seed, "noise", batch.step, batch.positions)
         t = randomness.timesteps(schedule.steps, seed, batch.step, batch.positions)
         x_t = schedule.add_noise(x0, eps, t)
-        x_t, t, wanted = (v.to(accelerator.device) for v in (x_t, t, targets[batch.indices]))
+        x_t, t, wanted = (v.to(accelerator.device, non_blocking=True) for v in (x_t, t, targets[batch.indices]))
         with accelerator.accumulate(model):
             logits = model(x_t, t).float()
             loss = F.cross_entropy(logits, wanted)

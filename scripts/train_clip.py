@@ -131,7 +131,7 @@ def train(config: ClipTrainingConfig) -> None:
     shape = config.model.open_clip_config(config.data.size, tokenizer.vocab_size, longest)
     torch.manual_seed(config.loop.seed)  # initial weights; all later randomness is counted
     clip = CLIP(**shape)
-    ema = make_ema(clip, config.loop).to(accelerator.device)
+    ema = make_ema(clip, config.loop, accelerator.device)
     model, *optimizers = accelerator.prepare(clip, *make_optimizers(clip, config.loop))
     loss_of = ClipLoss(
         local_loss=True, gather_with_grad=True, rank=accelerator.process_index, world_size=accelerator.num_processes
@@ -140,7 +140,7 @@ def train(config: ClipTrainingConfig) -> None:
     def train_step(batch: Batch) -> dict[str, Tensor]:
         ids = tokenizer(batch.captions).ids[:, :longest]
         with accelerator.accumulate(model):
-            images, texts, scale = model(batch.inputs.to(accelerator.device), ids.to(accelerator.device))
+            images, texts, scale = model(*(v.to(accelerator.device, non_blocking=True) for v in (batch.inputs, ids)))
             loss = loss_of(images, texts, scale)
             accelerator.backward(loss)
             norm = apply_gradients(training, model, optimizers)

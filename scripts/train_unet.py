@@ -344,7 +344,7 @@ def train(config: UNetTrainingConfig) -> None:
     check_size(config, config.data.size if config.autoencoder is None else moments.shape[-1])
     network = make_network(config, tokenizer, captions, accelerator.device)
     learning = [network.unet, network.text_encoder] if config.train_text_encoder else [network.unet]
-    averaged = [(make_ema(part, config.loop).to(accelerator.device), part) for part in learning]
+    averaged = [(make_ema(part, config.loop, accelerator.device), part) for part in learning]
     followed = [ema.module for ema, _ in averaged]
     average = Conditioned(
         followed[0], followed[1] if config.train_text_encoder else network.text_encoder, network.whitening

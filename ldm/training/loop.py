@@ -21,12 +21,12 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ldm.hardware import fastest_dtype, fit_threads_to_quota, keep_freed_memory
 from ldm.training import checkpoint
 from ldm.training.data import Batch, CaptionedDataset, Share, micro_batches
+from ldm.training.ema import EMA
 from ldm.training.muon import Muon, matrices
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
@@ -116,16 +116,9 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
     return [*optimizers, rest]
 
 
-def make_ema(model: nn.Module, config: LoopConfig) -> AveragedModel:
-    """An exponential moving average of the weights in float32; its memory grows to `ema_decay` as training goes on."""
-    decay = config.ema_decay**config.ema_every
-
-    @torch.no_grad()
-    def average(averages: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
-        weight = 1 - min(decay, (1 + float(count)) / (10 + float(count)))
-        torch._foreach_lerp_(list(averages), list(current), weight)
-
-    return AveragedModel(model, multi_avg_fn=average)
+def make_ema(model: nn.Module, config: LoopConfig, device: torch.device) -> EMA:
+    """The average of the model's weights that forgets `ema_decay` per step, though it is updated every few."""
+    return EMA(model, config.ema_decay**config.ema_every, device)
 
 
 @dataclass
@@ -137,7 +130,7 @@ class Training:
     dataset: CaptionedDataset
     optimizers: list[torch.optim.Optimizer]
     train_step: Callable[[Batch], dict[str, Tensor]]
-    averaged: list[tuple[AveragedModel, nn.Module]] = field(default_factory=list)
+    averaged: list[tuple[EMA, nn.Module]] = field(default_factory=list)
     """Each EMA and the module that it follows."""
     on_sample: Callable[[Path], None] | None = None
     """Writes a sample sheet to the given file; called by the main process."""
@@ -148,37 +141,30 @@ class Training:
 def apply_gradients(training: Training, model: nn.Module, optimizers: Sequence[AcceleratedOptimizer]) -> Tensor:
     """At the end of an accumulation, clip and step, unless the gradient is not finite. Returns the gradient's norm.
 
-    `optimizers` are the model's own, as prepared.
+    `optimizers` are the model's own, as prepared: fused ones or Muon, which leave a step out where `found_inf` is 1. To
+    read the norm here instead would have the host wait for the accelerator at every step.
     """
-    accelerator = training.accelerator
+    accelerator, clip = training.accelerator, training.config.gradient_clip
     if not accelerator.sync_gradients:
         return torch.zeros(())
-    if (scaler := accelerator.scaler) is not None:  # of fp16
-        return _apply_scaled_gradients(scaler, model, optimizers, training.config.gradient_clip)
-    norm = accelerator.clip_grad_norm_(model.parameters(), training.config.gradient_clip)
-    assert norm is not None
-    finite = bool(torch.isfinite(norm))
+    # accelerate's own `step` changes the scale of fp16 after each optimizer, so that a second one's gradients would be
+    # scaled down twice, and never after a step that is left out.
+    if (scaler := accelerator.scaler) is None:
+        norm = accelerator.clip_grad_norm_(model.parameters(), clip)
+        assert norm is not None
+    else:
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer.optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = torch.as_tensor(norm).detach().float()
     for optimizer in optimizers:
-        if finite:
-            optimizer.step()
+        assert getattr(optimizer.optimizer, "_step_supports_amp_scaling", False), "it would not heed found_inf"
+        optimizer.optimizer.found_inf = 1 - norm.isfinite().float()
+        optimizer.optimizer.step()
         optimizer.zero_grad()
-    return torch.as_tensor(norm).detach().float()
-
-
-def _apply_scaled_gradients(
-    scaler: torch.amp.GradScaler, model: nn.Module, optimizers: Sequence[AcceleratedOptimizer], clip: float
-) -> Tensor:
-    """The same for gradients of a loss that was scaled up. accelerate's own `step` changes the scale after each
-    optimizer, so that a second one's gradients would be scaled down twice, and never after a step that is left out.
-    """
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer.optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    for optimizer in optimizers:
-        scaler.step(optimizer.optimizer)  # unless its gradient is not finite
-        optimizer.zero_grad()
-    scaler.update()
-    return norm.detach().float()
+    if scaler is not None:
+        scaler.update()
+    return norm
 
 
 class _Log:
@@ -233,6 +219,12 @@ def _steps(training: Training, start: int) -> Iterator[list[Batch]]:
         yield group
 
 
+def _count_skipped(before: Tensor, values: dict[str, Tensor]) -> Tensor:
+    """Steps in a row, the last one with `values`, in which a gradient was not finite; counted where the norms are."""
+    norms = torch.stack([value for name, value in values.items() if name.endswith(NORM)])
+    return (before + 1) * ~norms.isfinite().all()
+
+
 def _agree_to_stop(training: Training, deadline: float) -> bool:
     """Whether time is up by the main process' clock."""
     answer = [time.monotonic() > deadline]
@@ -249,7 +241,7 @@ def _groups(training: Training) -> list[dict[str, Any]]:
 def fit(training: Training) -> int:
     """Train from the newest checkpoint, or the start, to `steps` or until `minutes` are over. Returns the step reached.
 
-    Raises ValueError if the gradient was not finite for ten steps in a row.
+    Raises ValueError if the gradient was not finite for ten steps in a row when the log is written.
     """
     accelerator, config = training.accelerator, training.config
     folder = Path(config.out)
@@ -264,7 +256,7 @@ def fit(training: Training) -> int:
         group["weight_decay"] = decay
     deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
     log = _Log(training, start, config.batch_size * config.log_every)
-    skipped, done, saved = 0, start, start
+    skipped, done, saved = torch.zeros((), dtype=torch.int64, device=accelerator.device), start, start
     if start == 0 and accelerator.is_main_process and training.measure:
         log.append(0, training.measure())
     for batches in _steps(training, start):
@@ -275,19 +267,18 @@ def fit(training: Training) -> int:
             values = training.train_step(batch)
             whole = batch is batches[-1]  # before that there is no gradient of the step
             log.add({name: value for name, value in values.items() if whole or not name.endswith(NORM)})
-        norms = [value for name, value in values.items() if name.endswith(NORM)]
-        skipped = 0 if all(bool(torch.isfinite(norm)) for norm in norms) else skipped + 1
-        if skipped == MOST_SKIPPED:
-            raise ValueError(
-                f"the gradient was not finite for {skipped} steps up to step {done}: lower loop.learning_rate"
-            )
         done += 1
-        if not skipped and done % config.ema_every == 0:
+        skipped = _count_skipped(skipped, values)
+        if done % config.ema_every == 0:
             for ema, model in training.averaged:
                 ema.update_parameters(accelerator.unwrap_model(model))
         log.bar.update()
         if done % config.log_every == 0:
             log.write(done)
+            if (in_a_row := int(skipped)) >= MOST_SKIPPED:
+                raise ValueError(
+                    f"the gradient was not finite for {in_a_row} steps up to step {done}: lower loop.learning_rate"
+                )
         stop = done % config.log_every == 0 and _agree_to_stop(training, deadline)
         if done % config.checkpoint_every == 0 or stop:
             checkpoint.save_checkpoint(accelerator, folder, done, config.keep)

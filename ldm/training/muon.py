@@ -50,11 +50,15 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 class Muon(Optimizer):
     """Steps along the orthogonalized Nesterov momentum of parameters of two or more dimensions.
 
-    A parameter is a matrix of one row for each of its first dimension.
+    A parameter is a matrix of one row for each of its first dimension. Where `found_inf`, a tensor that
+    `torch.amp.GradScaler` or a loop may set, is 1, the gradient is not finite and a step changes nothing.
 
     Raises:
         ValueError: a parameter of one dimension.
     """
+
+    _step_supports_amp_scaling = True  # so that GradScaler sets `found_inf`, and the host need not wait to read it
+    found_inf: Tensor | None = None
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, weight_decay: float) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
@@ -69,19 +73,23 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        taken: float | Tensor = 1.0 if self.found_inf is None else 1 - self.found_inf
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    update = self._update(parameter)
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+                    update = self._update(parameter, taken)
+                    rate = group["lr"] * taken
+                    parameter.mul_(1 - rate * group["weight_decay"]).sub_(update * rate)
         return loss
 
-    def _update(self, parameter: Tensor) -> Tensor:
-        """The step at learning rate 1, like the parameter."""
+    def _update(self, parameter: Tensor, taken: float | Tensor) -> Tensor:
+        """The step at learning rate 1, like the parameter; `taken` is 0 where it will not be taken, else 1."""
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
+        if self.found_inf is not None:
+            gradient = gradient.nan_to_num(0, 0, 0)  # of a step that is not taken: else 0 times it were not 0
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
-        momentum: Tensor = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+        momentum: Tensor = state["momentum"].lerp_(gradient, (1 - MOMENTUM) * taken)
         matrix = gradient.lerp(momentum, MOMENTUM).flatten(1)
         return orthogonalized(matrix).reshape(parameter.shape) * (RMS * math.sqrt(max(matrix.shape)))

@@ -62,7 +62,7 @@ def training_step(setup: Setup, folder: Path) -> Sides:
         network.train().requires_grad_(True)
         gradient = gradient_of(network, setup, context, setup.dtype)
         network.to(memory_format=torch.channels_last)
-        ema = make_ema(followed, config.loop).to(accelerator.device)
+        ema = make_ema(followed, config.loop, accelerator.device)
         model, *optimizers = accelerator.prepare(network, *make_optimizers(network, config.loop))
         objective = Objective(config.objective, config.scheduler, "continuous", config.loop.seed, accelerator)
 

@@ -72,6 +72,30 @@ def test_what_has_no_gradient_stays() -> None:
     assert torch.equal(weight.detach(), torch.ones(2, 2))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_to_be_taken_changes_nothing(bad: float) -> None:
+    """And where it is to be taken, saying so changes nothing either."""
+    gradients = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    made = []
+    for told in (False, True):
+        weight = nn.Parameter(torch.ones(4, 6))
+        optimizer = Muon([weight], lr=0.1, weight_decay=0.5)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            if told:
+                optimizer.found_inf = torch.zeros(())
+            optimizer.step()
+            if told:
+                before, momentum = weight.detach().clone(), optimizer.state[weight]["momentum"].clone()
+                weight.grad[1, 2] = bad
+                optimizer.found_inf = torch.ones(())
+                optimizer.step()
+                assert torch.equal(weight.detach(), before)
+                assert torch.equal(optimizer.state[weight]["momentum"], momentum)
+        made.append(weight.detach())
+    torch.testing.assert_close(made[1], made[0])
+
+
 def test_vectors_are_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \[3\] is no matrix: give it to AdamW"):
         Muon([nn.Parameter(torch.ones(3))], lr=0.1, weight_decay=0.0)
