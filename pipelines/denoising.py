@@ -9,18 +9,18 @@ from ldm.conditioning import Concatenated
 from ldm.denoiser import Denoiser, in_turn, make_denoiser
 from ldm.feature_reuse import FeatureReuse
 from ldm.guidance import classifier_free, interval, keep_known
-from ldm.prediction import Prediction
 from ldm.schedule import NoiseSchedule
 from ldm.token_merging import TokenMerging
 from ldm.unet import UNet
 from pipelines.image_to_image import Start
 from pipelines.request import Request
+from pipelines.scheduler_config import SchedulerConfig
 
 
 def make_guided(
     unet: UNet,
     schedule: NoiseSchedule,
-    prediction: Prediction,
+    scheduler: SchedulerConfig,
     request: Request,
     contexts: Sequence[tuple[Tensor, Tensor]],
     start: Start,
@@ -36,8 +36,9 @@ def make_guided(
     sizes = [len(cond) for cond, _ in contexts]
     extras = [None] * len(sizes) if start.extra is None else torch.split(start.extra, sizes)
     denoise = in_turn(
-        [_guided(unet, schedule, prediction, request, *each) for each in zip(contexts, extras, strict=True)], sizes
+        [_guided(unet, schedule, scheduler, request, *each) for each in zip(contexts, extras, strict=True)], sizes
     )
+    denoise = scheduler.bounded(denoise)
     if (known := start.known) is None:
         return denoise
     return keep_known(denoise, known.latents, known.noise, known.mask, schedule, start=first)
@@ -46,7 +47,7 @@ def make_guided(
 def _guided(
     unet: UNet,
     schedule: NoiseSchedule,
-    prediction: Prediction,
+    scheduler: SchedulerConfig,
     request: Request,
     contexts: tuple[Tensor, Tensor],
     extra: Tensor | None,
@@ -59,7 +60,7 @@ def _guided(
         network = TokenMerging(network, unet, request.merge_tokens)
     if extra is not None:
         network = Concatenated(network, extra)
-    denoise = make_denoiser(network, schedule, prediction)
+    denoise = make_denoiser(network, schedule, scheduler.prediction)
     guided = classifier_free(denoise, *contexts, scale=request.guidance, rescale=request.rescale)
     if request.guidance_interval is None:
         return guided

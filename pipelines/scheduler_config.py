@@ -6,6 +6,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
+from ldm.denoiser import Denoiser
+from ldm.guidance import threshold
 from ldm.prediction import PREDICTIONS, Prediction
 from ldm.schedule import NoiseSchedule, ScheduleKind, Spacing
 
@@ -20,6 +22,8 @@ SAMPLERS = {
     "": "ddim",
 }
 """Our samplers by the class that a folder names; the other classes are driven through diffusers."""
+CLIPPING_CLASSES = ("DDIMScheduler", "DDPMScheduler", "")
+"""Those that heed `clip_sample`; diffusers' others pass over it."""
 ENDS_AT_ZERO = ("ddim", "diffusers:PNDMScheduler")
 """The samplers that know `set_alpha_to_one: false`."""
 BY_NOISE: tuple[Spacing, ...] = ("karras", "exponential")
@@ -55,12 +59,15 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore", validate_by_name=T
     set_alpha_to_one: bool = True
     rescale_betas_zero_snr: bool = False
     variance_type: Literal["fixed_small", "learned_range"] | None = None
+    clip_sample: bool = False
+    """Keep each step's estimate of x0 within `clip_sample_range`, as pixels are and latents are not. A model of pixels
+    wants it: without, some pictures run away to black or white."""
+    clip_sample_range: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     use_karras_sigmas: bool | None = False
     use_exponential_sigmas: bool | None = False
     class_name: str = Field(default="", alias="_class_name")
 
     trained_betas: Literal[None] = None
-    clip_sample: Literal[False] = False
     thresholding: Literal[False] = False
     use_beta_sigmas: Literal[False] | None = False
     use_lu_lambdas: Literal[False] | None = False
@@ -73,7 +80,6 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore", validate_by_name=T
     interpolation_type: Literal["linear"] = "linear"
     timestep_type: Literal["discrete"] = "discrete"
 
-    clip_sample_range: float = 1.0
     sample_max_value: float = 1.0
     dynamic_thresholding_ratio: float = 0.995
     skip_prk_steps: Any = None
@@ -93,6 +99,12 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore", validate_by_name=T
     def _check_betas(self) -> Self:
         if self.beta_end < self.beta_start:
             raise ValueError(f"beta_end {self.beta_end} is below beta_start {self.beta_start}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_clipping(self) -> Self:
+        if self.clip_sample and self.class_name not in CLIPPING_CLASSES:
+            raise ValueError(f"clip_sample of {self.class_name} is not supported; write false")
         return self
 
     @model_validator(mode="after")
@@ -123,7 +135,8 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore", validate_by_name=T
         return self.variance_type == "learned_range"
 
     def to_diffusers_config(self) -> dict[str, Any]:
-        """A DDIMScheduler's dictionary with every field of the process written out, `clip_sample: false` above all.
+        """A DDIMScheduler's dictionary with every field of the process written out, `clip_sample` above all, which
+        diffusers takes for true where it is missing.
 
         A learned variance makes it a DDPMScheduler's, the only one that knows what to do with it.
         """
@@ -161,6 +174,10 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore", validate_by_name=T
             beta_end=self.beta_end,
             zero_terminal_snr=self.rescale_betas_zero_snr,
         )
+
+    def bounded(self, denoise: Denoiser) -> Denoiser:
+        """The denoiser as it is, or where `clip_sample` says so with its x0 in range."""
+        return threshold(denoise, self.clip_sample_range) if self.clip_sample else denoise
 
     def time_grid(self, schedule: NoiseSchedule, steps: int, sampler: str, spacing: Spacing | None = None) -> Tensor:
         """The times that `sampler` visits in `steps` steps; float64, decreasing, the last where sampling ends.

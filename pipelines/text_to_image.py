@@ -420,8 +420,8 @@ class TextToImagePipeline:
         generators: Generator | list[Generator],
         on_step: Callable[[StepInfo], None] | None,
     ) -> Tensor:
-        prediction, first = self.model.scheduler.prediction, grid[0].item()
-        denoise = make_guided(self.unet, self.schedule, prediction, request, contexts, start, first)
+        scheduler, first = self.model.scheduler, grid[0].item()
+        denoise = make_guided(self.unet, self.schedule, scheduler, request, contexts, start, first)
         if self.compiled and self.device.type == "cuda" and len(contexts) == 1 and request.evaluates_alike:
             denoise = CudaGraph(denoise)  # of one part alone, since each graph has memory of its own
         options = {"eta": request.eta} if takes_eta(request.sampler) else {}

@@ -32,7 +32,7 @@ def bits_per_dimension(pipe: TextToImagePipeline, images: Tensor, prompts: Seque
 
     variance: Variance = "learned" if scheduler.learns_variance else "beta"
     grid = schedule.timesteps(schedule.steps, "linspace")
-    denoise = partial(_told, make_denoiser(pipe.unet, schedule, scheduler.prediction), context)
+    denoise = scheduler.bounded(partial(_told, make_denoiser(pipe.unet, schedule, scheduler.prediction), context))
     return bound(denoise, latents, schedule, grid, variance=variance, data=_data(pipe), randn=randn).total.cpu()
 
 

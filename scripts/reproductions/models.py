@@ -87,9 +87,9 @@ def denoiser(pipe: TextToImagePipeline, captions: Sequence[str], scale: float = 
     empty = [""] * len(captions)
     contexts = encode_prompts(pipe.text_encoder, pipe.tokenizer, captions, empty, batch=len(captions))
     ((cond, uncond),) = contexts.batches
-    return classifier_free(
-        make_denoiser(pipe.unet, pipe.schedule, pipe.model.scheduler.prediction), cond, uncond, scale
-    )
+    scheduler = pipe.model.scheduler
+    denoise = make_denoiser(pipe.unet, pipe.schedule, scheduler.prediction)
+    return scheduler.bounded(classifier_free(denoise, cond, uncond, scale))
 
 
 @torch.no_grad()

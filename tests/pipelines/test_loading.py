@@ -146,7 +146,7 @@ def test_a_huge_json_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         ("vae/config.json", "latent_channels", -4),
         ("text_encoder/config.json", "hidden_size", 1e308),
         ("scheduler/scheduler_config.json", "beta_schedule", "sigmoid"),
-        ("scheduler/scheduler_config.json", "clip_sample", True),
+        ("scheduler/scheduler_config.json", "clip_sample_range", 0),
         ("scheduler/scheduler_config.json", "thresholding", True),
         ("scheduler/scheduler_config.json", "trained_betas", [0.1]),
         ("scheduler/scheduler_config.json", "num_train_timesteps", 10**12),
@@ -602,6 +602,12 @@ def test_the_config_of_every_stock_scheduler(name: str, kind: str) -> None:
     spacing = stock.config.get("timestep_spacing", "linspace")
     assert made.timestep_spacing == bare.timestep_spacing == spacing
     assert bare.set_alpha_to_one == stock.config.get("set_alpha_to_one", True)
+
+
+def test_clipping_is_refused_of_a_scheduler_that_does_not_clip() -> None:
+    config = {"_class_name": "PNDMScheduler", "clip_sample": True}
+    with pytest.raises(ValueError, match="clip_sample of PNDMScheduler is not supported; write false"):
+        SchedulerConfig.from_diffusers_config(config)
 
 
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])

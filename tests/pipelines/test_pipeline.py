@@ -142,6 +142,30 @@ def test_a_folder_s_own_scheduler_is_the_default(
     assert torch.equal(again.images, out.images)
 
 
+def test_a_scheduler_that_clips_renders_as_in_diffusers(model_folder: Path, tmp_path: Path) -> None:
+    """As models of pixels want it; here of latents, of which hardly one in three would else be within the range."""
+    import diffusers
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    process = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    clips = {"clip_sample": True, "clip_sample_range": 0.4}
+    stock.scheduler = diffusers.DDPMScheduler(**process, **clips, timestep_spacing="trailing")
+    stock.set_progress_bar_config(disable=True)
+    stock.save_pretrained(folder)
+    (folder / "ldm.json").unlink(missing_ok=True)
+    pipe = TextToImagePipeline.from_pretrained(folder, "cpu", "float32")
+    options: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 4.0, "output_type": "latent"}
+    found = pipe(PROMPT, seed=5, **options).images
+    expected = stock(PROMPT, generator=torch.Generator().manual_seed(5), **options).images
+    assert (found - expected).abs().max() < 1e-3
+    assert (expected.abs() == 0.4).float().mean() > 0.5
+    pipe.save_pretrained(tmp_path / "saved")
+    saved = TextToImagePipeline.from_pretrained(tmp_path / "saved", "cpu", "float32")
+    assert torch.equal(saved(PROMPT, seed=5, sampler="ddpm", **options).images, found)
+
+
 def test_an_unknown_sampler_of_diffusers(pipe: TextToImagePipeline) -> None:
     with pytest.raises(ValueError, match="'UniPCScheduler' is no variance-preserving scheduler"):
         pipe(PROMPT, sampler="diffusers:UniPCScheduler")
