@@ -382,7 +382,7 @@ class TextToImagePipeline:
             seen = {*self.settings.words, *(["break"] if request.syntax == "weighted" else [])}
             if unseen := sorted({word for text in texts for word in words_in(text)} - seen):
                 notice(f"the model never saw these words: {', '.join(unseen)}")
-        if request.guidance < 1:
+        if request.guidance < 1 and request.guidance != self.settings.guidance:
             notice(
                 f"guidance {request.guidance:g} leads away from the prompt; 1 is unguided, which diffusers calls 0 too"
             )

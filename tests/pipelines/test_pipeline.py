@@ -513,9 +513,14 @@ def test_where_float16_is_too_narrow_the_autoencoder_goes_on_in_float32(
     torch.testing.assert_close(image, expected, atol=0.02, rtol=0)
 
 
-def test_guidance_below_1_is_worth_a_notice(pipe: TextToImagePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+def test_guidance_below_1_is_worth_a_notice_unless_it_is_the_model_s_own(
+    pipe: TextToImagePipeline, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe(PROMPT, num_inference_steps=1, guidance_scale=0.0)
     assert "notice: guidance 0 leads away from the prompt; 1 is unguided" in capsys.readouterr().err
+    monkeypatch.setattr(pipe, "settings", pipe.settings.model_copy(update={"guidance": 0.0}))
+    pipe(PROMPT, num_inference_steps=1)
+    assert "guidance" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [{"reuse": 2}, {"merge_tokens": 0.5}, {"tiled": True}], ids=str)
