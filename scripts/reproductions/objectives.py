@@ -194,7 +194,7 @@ TABLE = Table(
     notes=(
         f"NLL is the bound of at most {MOST_BOUNDED} pictures over all T = {T} steps, with the variance that was "
         f"learned, or beta-tilde after L_simple; FID is of {STEPS} steps of ancestral sampling with that variance. "
-        f"The bound is trained with importance-sampled times. Pictures of {SIZE} px are enlarged for the judge. All are "
-        "trained by Muon, and x0 is clipped to what pixels can be, in sampling as in the bound.",
+        f"The bound is trained with importance-sampled times. Pictures of {SIZE} px are enlarged for the judge. All "
+        "are trained by Muon, and x0 is clipped to what pixels can be, in sampling as in the bound.",
     ),
 )
