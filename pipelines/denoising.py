@@ -9,6 +9,7 @@ from ldm.conditioning import Concatenated
 from ldm.denoiser import Denoiser, in_turn, make_denoiser
 from ldm.feature_reuse import FeatureReuse
 from ldm.guidance import classifier_free, interval, keep_known
+from ldm.prediction import Prediction
 from ldm.schedule import NoiseSchedule
 from ldm.token_merging import TokenMerging
 from ldm.unet import UNet
@@ -36,7 +37,8 @@ def make_guided(
     sizes = [len(cond) for cond, _ in contexts]
     extras = [None] * len(sizes) if start.extra is None else torch.split(start.extra, sizes)
     denoise = in_turn(
-        [_guided(unet, schedule, scheduler, request, *each) for each in zip(contexts, extras, strict=True)], sizes
+        [_guided(unet, schedule, scheduler.prediction, request, *each) for each in zip(contexts, extras, strict=True)],
+        sizes,
     )
     denoise = scheduler.bounded(denoise)
     if (known := start.known) is None:
@@ -47,7 +49,7 @@ def make_guided(
 def _guided(
     unet: UNet,
     schedule: NoiseSchedule,
-    scheduler: SchedulerConfig,
+    prediction: Prediction,
     request: Request,
     contexts: tuple[Tensor, Tensor],
     extra: Tensor | None,
@@ -60,7 +62,7 @@ def _guided(
         network = TokenMerging(network, unet, request.merge_tokens)
     if extra is not None:
         network = Concatenated(network, extra)
-    denoise = make_denoiser(network, schedule, scheduler.prediction)
+    denoise = make_denoiser(network, schedule, prediction)
     guided = classifier_free(denoise, *contexts, scale=request.guidance, rescale=request.rescale)
     if request.guidance_interval is None:
         return guided

@@ -96,11 +96,11 @@ class Objective:
         seed, device = self.seed, self.accelerator.device
         eps = randomness.normal(x0.shape[1:], seed, "noise", batch.step, batch.positions)
         t, weights = self._times(randomness.uniform(seed, "t", batch.step, batch.positions))
-        x0, eps, t, text, weights = (v.to(device, non_blocking=True) for v in (x0, eps, t, text, weights))
+        x0, eps, t, text = (v.to(device, non_blocking=True) for v in (x0, eps, t, text))
         losses = self.losses(model, x0.contiguous(memory_format=torch.channels_last), eps, t, text)
         if self.config.times == "importance":
             self._remember(t, losses.detach())
-        return losses * weights.to(losses.dtype)
+        return losses * weights.to(losses, non_blocking=True)
 
     def _times(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Times [B] and the weights of their losses [B]."""

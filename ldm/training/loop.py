@@ -157,9 +157,10 @@ def apply_gradients(training: Training, model: nn.Module, optimizers: Sequence[A
             scaler.unscale_(optimizer.optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     norm = torch.as_tensor(norm).detach().float()
+    found_inf = 1 - norm.isfinite().float()
     for optimizer in optimizers:
         assert getattr(optimizer.optimizer, "_step_supports_amp_scaling", False), "it would not heed found_inf"
-        optimizer.optimizer.found_inf = 1 - norm.isfinite().float()
+        optimizer.optimizer.found_inf = found_inf
         optimizer.optimizer.step()
         optimizer.zero_grad()
     if scaler is not None:

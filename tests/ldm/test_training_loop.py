@@ -196,6 +196,7 @@ def test_training_goes_on_after_a_few_bad_steps(tmp_path: Path) -> None:
     assert fit(training) == 12
     assert torch.isfinite(network.weight).all()
     assert torch.isfinite(training.averaged[0][0].module.weight).all()
+    assert int(training.averaged[0][0].n_averaged) == 12
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
