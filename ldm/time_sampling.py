@@ -17,17 +17,16 @@ LOGIT_UNIFORM_SHARE = 0.25
 """The same for the logit-normal distribution, which would all but forget the first times and the last."""
 
 
-def logit_normal(schedule: NoiseSchedule, mean: float = 0.0) -> Tensor:
-    """Probabilities of times, float64 [T], under which log-SNR is normal with mean -2 `mean` and standard deviation 2.
+def logit_normal(schedule: NoiseSchedule, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Probabilities of times, float64 [T], under which log-SNR is normal: mean -2 `mean`, standard deviation 2 `std`.
 
-    That is the logit-normal distribution of a straight path's time, with mean `mean` and standard deviation 1 (Esser
-    et al. 2024, arXiv 2403.03206, equation 19), carried over to `schedule` at equal signal-to-noise ratios: the larger
-    the mean, the more noise. A quarter stays uniform. Losses are not weighed against it: to stress a part of the path
-    is its purpose.
+    That is the logit-normal distribution of a straight path's time (Esser et al. 2024, arXiv 2403.03206, equation 19),
+    carried over to `schedule` at equal signal-to-noise ratios: the larger the mean, the more noise. A quarter stays
+    uniform. Losses are not weighed against it: to stress a part of the path is its purpose.
     """
     log_snr = schedule.log_snr(torch.arange(schedule.steps, dtype=torch.float64))
     finite = log_snr.clamp(min=-LARGE, max=LARGE)
-    density = torch.exp(-(finite + 2 * mean).square() / 8) * torch.gradient(finite)[0].abs()
+    density = torch.exp(-((finite + 2 * mean) / (2 * std)).square() / 2) * torch.gradient(finite)[0].abs()
     uniform = torch.full_like(density, 1 / schedule.steps)
     return torch.lerp(density / density.sum(), uniform, LOGIT_UNIFORM_SHARE)
 

@@ -3,15 +3,18 @@
     accelerate launch scripts/train_autoencoder.py --config scripts/configs/picturebook_autoencoder.yaml
 
 Writes `OUT/model/vae` in the published layout, its latents whitened to mean 0 and std 1 per channel. The same command
-again resumes; `--init FOLDER` starts from another model's autoencoder, and `--decoder_only true` leaves its latents as
-they are, so that a U-Net that was trained on them keeps its worth.
+again resumes; `--init FOLDER` starts from another model's autoencoder, also with a level more or fewer, for pictures of
+twice or half the size. A U-Net that was trained on its latents keeps its worth if they stay as they are: to the bit
+with `--decoder_only true`, nearly with `--latents_weight 1`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, Field, model_validator
 from sheet import to_images, write_sheet
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from autoencoder import Autoencoder, AutoencoderConfig, VQAutoencoder, VQAutoencoderConfig
 from autoencoder.bottleneck import DiagonalGaussian
 from autoencoder.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from autoencoder.growth import BY_LEVEL, inner, levels_more, start_as
 from autoencoder.loss import codebook_loss, kl_loss, reconstruction_loss
 from ldm.training import randomness
 from ldm.training.command_line import parse_config
@@ -52,18 +56,30 @@ class AutoencoderTrainingConfig(BaseModel, frozen=True, extra="forbid"):
     kl_weight: float = Field(1e-6, ge=0)
     codebook_weight: float = Field(1.0, ge=0)
     init: str | None = None
-    """A model folder whose autoencoder, of the same architecture, to start from."""
+    """A model folder whose autoencoder to start from: of the same architecture, but for levels more or fewer next to
+    the pixels."""
     decoder_only: bool = False
     """Train what turns latents into pictures and nothing else: those of `init` stay as they are, to the bit."""
+    latents_weight: float = Field(0, ge=0, allow_inf_nan=False)
+    """Weight of the mean squared difference from the latents that `init` has for the same pictures, of its size. With
+    any they are not whitened again, and if `init` is a whole model, one is written."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         factor = (self.vq or self.model).downsampling_factor
         if self.data.size % factor:
             raise ValueError(f"data.size is {self.data.size}, but must be a multiple of {factor}, pixels per latent")
-        if self.decoder_only and self.init is None:
-            raise ValueError("decoder_only goes with init: say whose latents to keep")
+        if self.keeps_latents and self.init is None:
+            name = "decoder_only" if self.decoder_only else "latents_weight"
+            raise ValueError(f"{name} goes with init: say whose latents to keep")
+        if self.decoder_only and self.latents_weight:
+            raise ValueError("decoder_only keeps the latents as they are: leave out latents_weight")
         return self
+
+    @property
+    def keeps_latents(self) -> bool:
+        """Whether the latents are to be those of `init`."""
+        return self.decoder_only or self.latents_weight > 0
 
 
 @dataclass
@@ -74,6 +90,8 @@ class Step:
     config: AutoencoderTrainingConfig
     autoencoder: nn.Module
     discriminator: nn.Module
+    latents_of: Callable[[Tensor], Tensor] | None = None
+    """The latents, scaled, that pictures ought to have, if they are not free."""
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         accelerator, adversary = self.training.accelerator, self.config.adversary
@@ -102,6 +120,11 @@ class Step:
             codebook = codebook_loss(bottleneck)
             loss = pixels + config.codebook_weight * codebook
             values |= {"codebook": codebook.detach(), "perplexity": bottleneck.perplexity()}
+        if self.latents_of is not None:
+            latents = bottleneck.mean if isinstance(bottleneck, DiagonalGaussian) else bottleneck.latents
+            apart = F.mse_loss(latents.float() * model.config.scaling_factor, self.latents_of(images).float())
+            loss = loss + config.latents_weight * apart
+            values["latents"] = apart.detach()
         start = config.adversary.start
         if start is not None and batch.step >= start + config.adversary.warmup:
             self.discriminator.requires_grad_(False)  # else this step's gradients would reach the discriminator
@@ -152,19 +175,25 @@ def whiten(autoencoder: Autoencoder | VQAutoencoder, images: CaptionedImages, co
 def make_autoencoder(config: AutoencoderTrainingConfig) -> Autoencoder | VQAutoencoder:
     """A new autoencoder, unscaled, or that of `config.init`, all of it to be trained or the decoder only.
 
-    Raises ValueError if that of `init` is of another architecture than the config's.
+    Raises ValueError if that of `init` is of another architecture than the config's, but for levels next to the pixels.
     """
     shape = (config.vq or config.model).model_copy(update={"scaling_factor": 1.0})
+    theirs = None if config.init is None else load_autoencoder(Path(config.init) / "vae").float()
+    if theirs is not None and config.keeps_latents:
+        shape = shape.model_copy(update={"scaling_factor": theirs.config.scaling_factor})
     autoencoder = VQAutoencoder(shape) if isinstance(shape, VQAutoencoderConfig) else Autoencoder(shape)
-    if config.init is None:
+    if theirs is None:
         return autoencoder
-    theirs = load_autoencoder(Path(config.init) / "vae").float()
     section, free = "vq" if config.vq else "model", {"sample_size", "scaling_factor", "force_upcast"}
     if type(theirs) is not type(autoencoder):
         kinds = type(theirs).__name__, type(autoencoder).__name__
         raise ValueError(f"init {config.init} has a {kinds[0]}, but {section} describes a {kinds[1]}: make them agree")
+    levels = min(len(shape.block_out_channels), len(theirs.config.block_out_channels))
     for name, wanted in shape:
-        if name not in free and (there := getattr(theirs.config, name)) != wanted:
+        there, same = getattr(theirs.config, name), name in free
+        if name in BY_LEVEL and not config.decoder_only:
+            same = inner(theirs.config, name, levels) == inner(shape, name, levels)
+        if not same and there != wanted:
             raise ValueError(
                 f"init {config.init} has {name} {there}, but {section}.{name} is {wanted}: make them agree"
             )
@@ -173,14 +202,28 @@ def make_autoencoder(config: AutoencoderTrainingConfig) -> Autoencoder | VQAutoe
         for part in (theirs.post_quant_conv, theirs.decoder):
             part.requires_grad_(True)
         return theirs
-    autoencoder.load_state_dict(theirs.state_dict())
+    start_as(autoencoder, theirs)
     return autoencoder
 
 
+def latents_of_init(config: AutoencoderTrainingConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What gives images [B,3,H,W] the latents [B,C,h,w], scaled, that `init` has for them at its own size."""
+    trained = load_autoencoder(Path(str(config.init)) / "vae").float().requires_grad_(False)
+    trained.to(device, memory_format=torch.channels_last)
+    more = levels_more(config.vq or config.model, trained.config)
+
+    @torch.no_grad()
+    def encode(images: Tensor) -> Tensor:
+        mode = "area" if more > 0 else "bilinear"
+        return trained.encode(F.interpolate(images, scale_factor=0.5**more, mode=mode) if more else images)
+
+    return encode
+
+
 def save(config: AutoencoderTrainingConfig, autoencoder: Autoencoder | VQAutoencoder, images: CaptionedImages) -> None:
-    """Writes `OUT/model/vae`, its latents whitened; with `decoder_only` all of `init`, if it is a whole model."""
+    """Writes `OUT/model/vae`, its latents whitened. Where they are those of `init`, all of that, if a whole model."""
     out = Path(config.loop.out) / "model"
-    if not config.decoder_only:
+    if not config.keeps_latents:
         mean, std = whiten(autoencoder, images, 2000)
         measured = {"mean": mean.tolist(), "std": std.tolist()}
         print("latents before whitening:", {name: [round(v, 3) for v in each] for name, each in measured.items()})
@@ -212,7 +255,8 @@ def train(config: AutoencoderTrainingConfig) -> None:
     prepared = accelerator.prepare(autoencoder, discriminator, *optimizers, adversary)
     images = CaptionedImages(config.data, config.loop.seed)
     training = Training(accelerator, config.loop, images, list(prepared[2:]), train_step=lambda batch: {})
-    training.train_step = Step(training, config, prepared[0], prepared[1])
+    latents_of = latents_of_init(config, accelerator.device) if config.latents_weight else None
+    training.train_step = Step(training, config, prepared[0], prepared[1], latents_of)
     training.averaged.append((ema, prepared[0]))
     fixed = images.images(0, min(16, len(images)))
 

@@ -29,6 +29,8 @@ class ObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
     shapes are made; this changes what is learned best (`ldm/time_sampling.py`)."""
     logit_mean: float = Field(0.0, allow_inf_nan=False)
     """Mean of the logit-normal times: the larger, the more of the noisy ones, where layouts and counts are settled."""
+    logit_std: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Their standard deviation: the smaller, the more of the times at `logit_mean` and the fewer of others."""
     min_snr_gamma: float | None = Field(None, gt=0)
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """Share of captions that are replaced by the empty one, for classifier-free guidance; 1 ignores all captions."""
@@ -38,10 +40,9 @@ class ObjectiveConfig(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.times != "logit_normal" and self.logit_mean != 0:
-            raise ValueError(
-                f"logit_mean shifts times that are logit_normal, but times is {self.times}: leave one of them out"
-            )
+        if self.times != "logit_normal" and (self.logit_mean != 0 or self.logit_std != 1):
+            name = "logit_mean" if self.logit_mean != 0 else "logit_std"
+            raise ValueError(f"{name} is that of logit_normal times, but times is {self.times}: leave one of them out")
         if self.loss == "bound" and self.min_snr_gamma is not None:
             raise ValueError(
                 "min_snr_gamma weighs the squared error, which the loss 'bound' does not have: leave it out"
@@ -86,7 +87,8 @@ class Objective:
         self.accelerator, self.teacher = accelerator, teacher
         self.schedule = scheduler.make_schedule()
         self.times = TimeSampler(self.schedule.steps)
-        self.probabilities = logit_normal(self.schedule, config.logit_mean) if config.times == "logit_normal" else None
+        logit = config.times == "logit_normal"
+        self.probabilities = logit_normal(self.schedule, config.logit_mean, config.logit_std) if logit else None
         self.seen: list[tuple[Tensor, Tensor]] = []
         """Times and losses of this step's micro-batches so far, over all processes."""
         accelerator.register_for_checkpointing(self.times)

@@ -140,15 +140,15 @@ def test_the_state_of_another_number_of_times_is_refused():
         TimeSampler(STEPS).load_state_dict(TimeSampler(3).state_dict())
 
 
-@pytest.mark.parametrize("mean", [0.0, 0.5, 1.0])
-def test_logit_normal_times_are_those_of_a_straight_path_at_equal_snr(mean):
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (1.0, 0.5)])
+def test_logit_normal_times_are_those_of_a_straight_path_at_equal_snr(mean, std):
     """On the straight path x = (1 - s) x0 + s eps, log-SNR is -2 logit(s); logit(s) is normal."""
     schedule = NoiseSchedule("scaled_linear", beta_start=0.00085, beta_end=0.012, zero_terminal_snr=True)
-    probabilities = logit_normal(schedule, mean)
+    probabilities = logit_normal(schedule, mean, std)
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-12)
     uniforms = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     drawn = schedule.log_snr(draw((probabilities - 0.25 / 1000) / 0.75, uniforms))  # without the uniform quarter
-    straight = torch.distributions.Normal(mean, 1.0).icdf(uniforms)
+    straight = torch.distributions.Normal(mean, std).icdf(uniforms)
     expected = -2 * straight
     # Where the schedule begins and ends it has no times for the tails.
     inner = (uniforms > 0.02) & (uniforms < 0.98)

@@ -9,6 +9,7 @@ from typing import Any
 import cached_encodings
 import pytest
 import torch
+import torch.nn.functional as F
 import train_autoencoder
 import train_clip
 import train_unet
@@ -17,11 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_AUTOENCODER, TINY_CLIP, TINY_UNET, forget_accelerator
 from torch import Tensor, nn
-from train_autoencoder import AutoencoderTrainingConfig
+from train_autoencoder import AdversaryConfig, AutoencoderTrainingConfig
 from train_clip import ClipConfig, ClipTrainingConfig
 from train_unet import UNetTrainingConfig
 
-from autoencoder import Autoencoder, VQAutoencoder, VQAutoencoderConfig
+from autoencoder import Autoencoder, AutoencoderConfig, VQAutoencoder, VQAutoencoderConfig
 from ldm.loss import diffusion_loss
 from ldm.time_sampling import draw, logit_normal
 from ldm.training import randomness
@@ -172,6 +173,51 @@ def test_a_decoder_trained_alone_leaves_the_latents_as_they_are(
     (init / "model_index.json").unlink()
     train_autoencoder.train(config.model_copy(update={"decoder_only": True, "loop": loop_config(part, steps=1)}))
     assert [folder.name for folder in (part / "model").iterdir()] == ["vae"]
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4])
+def test_an_autoencoder_for_other_sizes_learns_the_latents_of_its_init(
+    levels: int, trained_unet: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """So that the whole model, its U-Net unchanged, makes pictures of twice or half the size."""
+    init = tmp_path / "init"
+    shutil.copytree(trained_unet / "model", init)
+    scaled = json.loads((init / "vae" / "config.json").read_text()) | {"scaling_factor": 0.5}
+    (init / "vae" / "config.json").write_text(json.dumps(scaled))
+    weights = init / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.manual_seed(0)
+    save_file({name: w + torch.randn_like(w) / 10 for name, w in load_file(weights).items()}, weights)
+    size = 8 * 2 ** (levels - 1)
+    shape = AutoencoderConfig(
+        block_out_channels=[8, 8, 8, 16][-levels:],
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+        sample_size=size,
+    )
+    config = autoencoder_config(tmp_path / "out", data_folder, init, steps=60, learning_rate=4e-3, ema_decay=0.5)
+    data = DataConfig(path=str(data_folder), size=size)
+    other = {"model": shape, "data": data, "latents_weight": 100.0, "adversary": AdversaryConfig()}
+    config = config.model_copy(update=other)
+    train_autoencoder.train(config)
+
+    apart = [line["latents"] for line in log_of(tmp_path / "out")]
+    model, before = load_model(tmp_path / "out" / "model"), load_model(init)
+    assert (model.own_size, model.autoencoder.config.scaling_factor) == ((size, size), 0.5)
+    images = CaptionedImages(data, seed=0).images(0, 16)
+    with torch.no_grad():
+        at_its_size = F.interpolate(images, 32, mode="area" if levels > 3 else "bilinear")
+        wanted = before.autoencoder.float().encode(at_its_size)
+        error = (model.autoencoder.float().encode(images) - wanted).square().mean()
+    learned = sum(apart[-5:]) / 5
+    assert error < 2 * learned
+    if levels == 3:
+        assert apart[0] < 1e-5  # it starts as the same
+    else:
+        assert learned < apart[0] / 2
+    kept = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "out" / "model" / kept).read_bytes() == (init / kept).read_bytes()
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -624,12 +670,12 @@ def test_logit_normal_times_are_drawn_from_it_and_not_weighed(
         trained_clip,
         autoencoder=None,
         model=PIXELS,
-        objective={"times": "logit_normal", "logit_mean": 1.0},
+        objective={"times": "logit_normal", "logit_mean": 1.0, "logit_std": 0.5},
         loop=loop_config(tmp_path, steps=2),
     )
     train_unet.train(config)
     assert [line["loss"] for line in log_of(tmp_path)] == pytest.approx([1, 1])
-    probabilities = logit_normal(config.scheduler.make_schedule(), 1.0)
+    probabilities = logit_normal(config.scheduler.make_schedule(), 1.0, 0.5)
     for step, drawn in enumerate(times):
         expected = draw(probabilities, randomness.uniform(config.loop.seed, "t", step, range(len(drawn))))
         assert torch.equal(drawn, expected)
@@ -639,7 +685,8 @@ def test_logit_normal_times_are_drawn_from_it_and_not_weighed(
     ("fields", "message"),
     [
         ({"objective": {"loss": "bound", "min_snr_gamma": 5}}, "min_snr_gamma weighs the squared error"),
-        ({"objective": {"logit_mean": 1.0}}, "logit_mean shifts times that are logit_normal, but times is uniform"),
+        ({"objective": {"logit_mean": 1.0}}, "logit_mean is that of logit_normal times, but times is uniform"),
+        ({"objective": {"logit_std": 0.5}}, "logit_std is that of logit_normal times, but times is uniform"),
         ({"text_encoder_rate": 0.1, "train_text_encoder": False}, "text_encoder_rate goes with train_text"),
         ({"settings": {"steps": 1001}}, "settings.steps is 1001, but there are 1000 times"),
         ({"settings": {"sampler": "best"}}, "sampler 'best' is unknown"),
@@ -668,6 +715,8 @@ def test_settings_that_contradict_each_other(fields: dict[str, Any], message: st
     [
         ({"data": {"path": "x", "size": 30}}, "data.size is 30, but must be a multiple of 4, pixels per latent"),
         ({"decoder_only": True}, "decoder_only goes with init: say whose latents to keep"),
+        ({"latents_weight": 1.0}, "latents_weight goes with init: say whose latents to keep"),
+        ({"init": "x", "decoder_only": True, "latents_weight": 1.0}, "keeps the latents as they are: leave out"),
     ],
 )
 def test_autoencoders_that_cannot_be_trained(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
