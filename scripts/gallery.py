@@ -27,7 +27,7 @@ PROMPTS = 24
 SCALES = (1.0, 3.0, 7.0)
 COLUMNS = 6
 ENLARGED = 3
-QUALITY = 85  # of WebP: all files together are to stay under 600 KB
+QUALITY = 80  # of WebP: all files together are to stay under 600 KB
 
 
 def read_prompts(file: Path | None) -> list[str]:

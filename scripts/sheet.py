@@ -15,8 +15,12 @@ def to_images(images: Tensor) -> list[Image.Image]:
     return to_pil((images.float() / 2 + 0.5).clamp(0, 1))
 
 
-def write_sheet(file: Path, images: Sequence[Image.Image], columns: int, scale: int = 2) -> None:
-    """Write pictures of one size, row by row, enlarged `scale` times, as one PNG."""
+SMALL = 128  # pixels: narrower pictures are enlarged on a sheet
+
+
+def write_sheet(file: Path, images: Sequence[Image.Image], columns: int) -> None:
+    """Write pictures of one size, row by row, as one PNG; those narrower than `SMALL` twice or more as large."""
+    scale = -(-SMALL // images[0].width)
     width, height = images[0].width * scale, images[0].height * scale
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")

@@ -6,14 +6,12 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
 
-from picturebook import UNITS
-
 from ldm.samplers import Sampler, sample_ddim, sample_ddpm
 from pipelines import TextToImagePipeline
 from pipelines.loading import DEFAULT_MODEL
 from reproductions import objectives
 from reproductions.measure import REAL, fid, real_pictures
-from reproductions.models import BATCH, PASSES_OF_A_STEP, default_model, render, seconds_a_pass
+from reproductions.models import BATCH, PASSES_OF_A_STEP, SIDE, default_model, render, seconds_a_pass
 from reproductions.plot import curves
 from reproductions.table import SAME_CAPTIONS, Cell, Claim, Paper, Results, Setup, Table, along, falls, rises
 
@@ -38,7 +36,7 @@ def fid_of(pipe: TextToImagePipeline, cell: Cell, captions: Sequence[str]) -> di
 
 
 def measure_latents(cell: Cell, setup: Setup) -> dict[str, float]:
-    return fid_of(default_model(), cell, real_pictures(setup.pictures, UNITS, REAL).captions)
+    return fid_of(default_model(), cell, real_pictures(setup.pictures, SIDE, REAL).captions)
 
 
 def measure_pixels(cell: Cell, setup: Setup) -> dict[str, float]:
@@ -153,7 +151,7 @@ LATENTS = Table(
     panels=(panel,),
     measure=measure_latents,
     seconds=seconds_of_latents,
-    size=UNITS,
+    size=SIDE,
     pictures=500,
     notes=(f"{SAME_CAPTIONS} There is no guidance.", TIMES),
     weights=(DEFAULT_MODEL / "unet", DEFAULT_MODEL / "vae", DEFAULT_MODEL / "text_encoder"),

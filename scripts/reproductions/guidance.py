@@ -5,13 +5,12 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from evaluation.metrics import inception_score
-from picturebook import UNITS
 
 from ldm.samplers import sample_ddim
 from pipelines import TextToImagePipeline
 from pipelines.loading import DEFAULT_MODEL
 from reproductions.measure import REAL, fid, kind_logits, real_pictures
-from reproductions.models import BATCH, PASSES_OF_A_STEP, default_model, render, seconds_a_pass, trained
+from reproductions.models import BATCH, PASSES_OF_A_STEP, SIDE, default_model, render, seconds_a_pass, trained
 from reproductions.plot import curves
 from reproductions.table import SAME_CAPTIONS, Cell, Claim, Paper, Results, Setup, Table, along, fingerprint, rises
 
@@ -45,13 +44,13 @@ def model(share: str, setup: Setup) -> TextToImagePipeline:
         "loop.optimizer": "muon",
         "loop.learning_rate": 2e-4,
     }
-    return TextToImagePipeline.from_pretrained(trained(folder, "own_64_unet", UNITS, setup.training_steps, settings))
+    return TextToImagePipeline.from_pretrained(trained(folder, "own_128_unet", SIDE, setup.training_steps, settings))
 
 
 def measure(cell: Cell, setup: Setup) -> dict[str, float]:
     w, share = cell
     pipe = model(share, setup)
-    captions = real_pictures(setup.pictures, UNITS, REAL).captions
+    captions = real_pictures(setup.pictures, SIDE, REAL).captions
     images = render(pipe, captions, sample_ddim, pipe.schedule.timesteps(STEPS, "trailing"), scale=float(w) + 1)
     return {"FID": fid(images), SCORE: inception_score(kind_logits(images))}
 
@@ -159,7 +158,7 @@ TABLE = Table(
     panels=(panel,),
     measure=measure,
     seconds=seconds,
-    size=UNITS,
+    size=SIDE,
     pictures=500,
     training_steps=500,
     notes=(

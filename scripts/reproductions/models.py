@@ -24,6 +24,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 BATCH = 32
 PASSES_OF_A_STEP = 3  # a training step costs about three forward passes: one there, two back
 MOST_PICTURES = 20_000  # to train on
+SIDE = 128  # pixels of the default model's pictures
 
 
 def trained(folder: Path, preset: str, size: int, steps: int, settings: Mapping[str, Any]) -> Path:

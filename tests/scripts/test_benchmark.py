@@ -380,7 +380,7 @@ def test_presets_name_real_models(name: str) -> None:
         with torch.device("meta"):
             assert sum(each.numel() for each in preset.make("unet").parameters()) == parameters[name]
             assert sum(each.numel() for each in preset.make("vae").parameters()) == 83_653_863
-    assert preset.size == {"default": 64, "sd15": 512, "sd21": 768, "tiny": 32}[name]
+    assert preset.size == {"default": 128, "sd15": 512, "sd21": 768, "tiny": 32}[name]
 
 
 def test_shortcuts_are_judged_on_the_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

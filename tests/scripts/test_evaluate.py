@@ -438,7 +438,7 @@ def test_the_default_models_card_shows_its_recorded_scores() -> None:
 
 def test_the_default_model_draws_what_it_is_told() -> None:
     pipe = TextToImagePipeline.from_pretrained()
-    real = real_pictures.from_picturebook(24, 7, 64)
+    real = real_pictures.from_picturebook(24, 7, pipe.own_size[0])
     network = open_network("judge", pipe.device)
     found = measurements.measure(pipe, real, network)
     result, readings = evaluate.judgements(real, found)

@@ -34,20 +34,23 @@ def run(main: object, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     main()  # type: ignore[operator]
 
 
-def test_four_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("size", [64, 128])
+def test_four_commands(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = str(tmp_path / "data")
-    glyphs.write_folder(Path(data), 32, seed=0, split="train", size=64)
+    glyphs.write_folder(Path(data), 32, seed=0, split="train", size=size)
     run(check_data.main, monkeypatch, data)
     assert capsys.readouterr().out.splitlines()[-1] == "32 of 32 pictures can be trained on"
 
     out = tmp_path / "autoencoder"
-    preset = ["--config", str(CONFIGS / "own_64_autoencoder.yaml"), "--data.path", data]
+    preset = ["--config", str(CONFIGS / f"own_{size}_autoencoder.yaml"), "--data.path", data]
     run(train_autoencoder.main, monkeypatch, *preset, "--loop.out", str(out), *FEW)
     first = json.loads((out / "log.jsonl").read_text().splitlines()[0])
     assert first["psnr"] > 15  # it goes on from an autoencoder that has learned to see
 
     unet = tmp_path / "unet"
-    preset = ["--config", str(CONFIGS / "own_64_unet.yaml"), "--data.path", data, "--settings.steps", "1"]
+    preset = ["--config", str(CONFIGS / f"own_{size}_unet.yaml"), "--data.path", data, "--settings.steps", "1"]
     run(train_unet.main, monkeypatch, *preset, "--autoencoder", str(out / "model"), "--loop.out", str(unet), *FEW)
 
     words = json.loads((unet / "model" / "ldm.json").read_text())["words"]
@@ -63,7 +66,7 @@ def test_four_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     picture = tmp_path / "q.png"
     cli.main(["render", "a bold blue letter Q", "--model", str(unet / "model"), "-o", str(picture), "--steps", "1"])
     with Image.open(picture) as rendered:
-        assert rendered.size == (64, 64)
+        assert rendered.size == (size, size)
 
 
 SIZES = {64: 4, 128: 8, 256: 8}
@@ -87,13 +90,14 @@ def test_presets_fit_together(size: int) -> None:
         UNet(unet.model)
 
 
-def test_the_smallest_presets_are_shaped_like_the_default_model_that_they_start_from() -> None:
+@pytest.mark.parametrize(("size", "preset"), [(64, "picturebook_autoencoder"), (128, "picturebook_autoencoder_128")])
+def test_the_smaller_presets_are_shaped_like_the_default_model_that_they_start_from(size: int, preset: str) -> None:
     autoencoder, unet = (
-        parse_config(kind, "", ["--config", str(CONFIGS / f"own_64_{stage}.yaml")])
+        parse_config(kind, "", ["--config", str(CONFIGS / f"own_{size}_{stage}.yaml")])
         for stage, kind in (("autoencoder", AutoencoderTrainingConfig), ("unet", UNetTrainingConfig))
     )
     default = load_model(None)
-    recipe = parse_config(AutoencoderTrainingConfig, "", ["--config", str(CONFIGS / "picturebook_autoencoder.yaml")])
+    recipe = parse_config(AutoencoderTrainingConfig, "", ["--config", str(CONFIGS / f"{preset}.yaml")])
     assert autoencoder.init == unet.init == "pipelines/default_model"
     assert autoencoder.model == recipe.model
     assert (unet.model, unet.scheduler) == (default.unet.config, default.scheduler)

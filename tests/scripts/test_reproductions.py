@@ -388,7 +388,7 @@ def tiny(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, data_folder: Path) -
     monkeypatch.setattr(models, "BATCH", 2)
     monkeypatch.setattr(models, "training_data", lambda folder, count, size: data_folder)
     monkeypatch.setattr(guidance, "STEPS", 2)
-    monkeypatch.setattr(guidance, "UNITS", 32)
+    monkeypatch.setattr(guidance, "SIDE", 32)
     monkeypatch.setattr(objectives, "STEPS", 2)
     monkeypatch.setattr(objectives, "T", 20)
     monkeypatch.setitem(objectives.SCHEDULES["linear"], "beta_end", 0.5)  # so that T = 20 ends in noise
@@ -476,12 +476,13 @@ def test_guidance_trains_and_renders_as_a_cell_says(tmp_path: Path, monkeypatch:
     figures = guidance.measure(("0.3", "0.2"), Setup(tmp_path, 3, 7))
     assert (asked["folder"], asked["preset"], asked["steps"]) == (
         f"guidance-0.2-7steps-from-{fingerprint(*guidance.WEIGHTS)}",
-        "own_64_unet",
+        "own_128_unet",
         7,
     )
     assert (asked["objective.caption_dropout"], asked["init"]) == (0.2, str(DEFAULT_MODEL))
     assert (asked["scale"], asked["captions"]) == (1.3, real.captions)
     assert figures["FID"] == pytest.approx(0, abs=1e-3)
+    assert models.default_model().own_size == (models.SIDE, models.SIDE)
     asked.clear()
     guidance.measure(("0", "0.1"), Setup(tmp_path, 3, 7))  # the default model itself
     assert asked == {"scale": 1, "captions": real.captions}

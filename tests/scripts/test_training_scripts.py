@@ -827,6 +827,7 @@ def test_the_student_s_preset_fits_its_teacher(monkeypatch: pytest.MonkeyPatch) 
     assert config.init == config.autoencoder == str(config.text_folder)
     teacher = load_model(config.init)
     assert (config.model, config.scheduler) == (teacher.unet.config, teacher.scheduler)
+    assert (config.data.size, config.data.size) == teacher.own_size
     assert config.objective.distill_guidance == teacher.settings.guidance
     assert config.settings.guidance == 1
     train_unet.make_unet(config, None)
