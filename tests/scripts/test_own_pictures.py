@@ -118,5 +118,18 @@ def test_an_autoencoder_of_another_shape_is_no_start(parts_folder: Path) -> None
     other = same.model_copy(update={"layers_per_block": 2})
     with pytest.raises(ValueError, match=r"has layers_per_block 1, but model.layers_per_block is 2: make them agree"):
         train_autoencoder.make_autoencoder(AutoencoderTrainingConfig(**parts, model=other))
+    wider = {"block_out_channels": (4, *same.block_out_channels[:-1], 2 * same.block_out_channels[-1])}
+    deeper = {"block_out_channels": (4, *same.block_out_channels)}
+    for change, decoder_only in ((wider, False), (deeper, True)):
+        blocks = {
+            name: (getattr(same, name)[0], *getattr(same, name)) for name in ("down_block_types", "up_block_types")
+        }
+        other = same.model_copy(update={**blocks, **change})
+        with pytest.raises(
+            ValueError, match=r"has block_out_channels .*, but model.block_out_channels is \(4, .*agree"
+        ):
+            train_autoencoder.make_autoencoder(
+                AutoencoderTrainingConfig(**parts, model=other, decoder_only=decoder_only)
+            )
     with pytest.raises(ValueError, match=r"has a Autoencoder, but vq describes a VQAutoencoder: make them agree"):
         train_autoencoder.make_autoencoder(AutoencoderTrainingConfig(**parts, vq=VQAutoencoderConfig()))
