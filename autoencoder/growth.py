@@ -20,10 +20,12 @@ def levels_more(config: CoderConfig, than: CoderConfig) -> int:
     return len(config.block_out_channels) - len(than.block_out_channels)
 
 
-def inner(config: CoderConfig, name: str, levels: int) -> tuple[int | str, ...]:
-    """Of a field of `BY_LEVEL`, what it says of so many levels near the latents."""
-    entries: tuple[int | str, ...] = getattr(config, name)
-    return entries[:levels] if name == "up_block_types" else entries[-levels:]
+def inner(config: CoderConfig, name: str, levels: int) -> object:
+    """What a field says of so many levels near the latents, or of all that there are; of other fields all."""
+    value = getattr(config, name)
+    if name not in BY_LEVEL:
+        return value
+    return value[:levels] if name == "up_block_types" else value[-levels:]
 
 
 @torch.no_grad()

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from ldm.pictures import to_pil
 
+SMALL = 128  # pixels: narrower pictures are enlarged on a sheet
+
 
 def to_images(images: Tensor) -> list[Image.Image]:
     """images [B,3,H,W] in [-1,1] -> RGB pictures, clamped and rounded to 8 bits."""
     return to_pil((images.float() / 2 + 0.5).clamp(0, 1))
-
-
-SMALL = 128  # pixels: narrower pictures are enlarged on a sheet
 
 
 def write_sheet(file: Path, images: Sequence[Image.Image], columns: int) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from autoencoder import Autoencoder, AutoencoderConfig, VQAutoencoder, VQAutoencoderConfig
 from autoencoder.bottleneck import DiagonalGaussian
 from autoencoder.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
-from autoencoder.growth import BY_LEVEL, inner, levels_more, start_as
+from autoencoder.growth import inner, levels_more, start_as
 from autoencoder.loss import codebook_loss, kl_loss, reconstruction_loss
 from ldm.training import randomness
 from ldm.training.command_line import parse_config
@@ -188,12 +188,11 @@ def make_autoencoder(config: AutoencoderTrainingConfig) -> Autoencoder | VQAutoe
     if type(theirs) is not type(autoencoder):
         kinds = type(theirs).__name__, type(autoencoder).__name__
         raise ValueError(f"init {config.init} has a {kinds[0]}, but {section} describes a {kinds[1]}: make them agree")
-    levels = min(len(shape.block_out_channels), len(theirs.config.block_out_channels))
+    levels = [len(each.block_out_channels) for each in (shape, theirs.config)]
+    shared = max(levels) if config.decoder_only else min(levels)  # that many levels have to agree
     for name, wanted in shape:
-        there, same = getattr(theirs.config, name), name in free
-        if name in BY_LEVEL and not config.decoder_only:
-            same = inner(theirs.config, name, levels) == inner(shape, name, levels)
-        if not same and there != wanted:
+        if name not in free and inner(theirs.config, name, shared) != inner(shape, name, shared):
+            there = getattr(theirs.config, name)
             raise ValueError(
                 f"init {config.init} has {name} {there}, but {section}.{name} is {wanted}: make them agree"
             )
