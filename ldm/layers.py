@@ -133,6 +133,12 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
+def untouched(layer: nn.Module) -> bool:
+    """Whether a linear layer is no more than its weights, so that these may be used without it: no adapter took its
+    place, and nobody listens to it."""
+    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
 def joined(matrices: Sequence[Tensor]) -> Tensor | None:
     """The matrix of the rows of all these, if they lie in memory one after the other, without gradients."""
     if torch.compiler.is_compiling():  # places in memory are not known there
@@ -201,7 +207,8 @@ class Attention(nn.Module):
 
     def _read_itself(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values of x [B,N,C]: [B,H,N,d] thrice."""
-        together = joined((self.to_q.weight, self.to_k.weight, self.to_v.weight))
+        layers = self.to_q, self.to_k, self.to_v
+        together = joined([layer.weight for layer in layers]) if all(map(untouched, layers)) else None
         if together is None:
             return self._heads(self.to_q(x)), *self.read(x)
         return tuple(self._heads(each) for each in F.linear(x, together).chunk(3, dim=-1))
@@ -229,7 +236,7 @@ class GEGLU(nn.Module):
     def _halves(self, x: Tensor) -> tuple[Tensor, ...]:
         """Values and gates [B,N,D]. On a CPU each has a product of its own: halves of one tensor are strided, which
         slows down all that reads them."""
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and untouched(self.proj):
             each = zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True)
             return tuple(F.linear(x, weight, bias) for weight, bias in each)
         halves: tuple[Tensor, ...] = self.proj(x).chunk(2, dim=-1)

@@ -169,14 +169,16 @@ def bound_term(
     error = posterior.mean_from_x0(x0 - estimate.x0, torch.zeros_like(x0), schedule, t, s)
     log_ratio = (q_variance / p_variance).log()
     divergence = (log_ratio.expm1() - log_ratio + error.square() / p_variance) / 2
+    to_data = (s == schedule.clean).to(x0.device).reshape(ones.shape)
     match data:
         case "8-bit":
-            decoder = -_log_probability_of_level(x0, estimate.x0, p_variance.sqrt())
+            # Where the term is the divergence, an estimate far off would make the other's gradient 0 times infinity.
+            near = torch.where(to_data, estimate.x0, x0)
+            decoder = -_log_probability_of_level(x0, near, p_variance.sqrt())
         case "continuous":
             decoder = ((2 * math.pi * p_variance).log() + (x0 - estimate.x0).square() / p_variance) / 2
         case _:
             raise ValueError(f"data is {data!r}, but must be '8-bit' or 'continuous'")
-    to_data = (s == schedule.clean).to(x0.device).reshape(ones.shape)
     return torch.where(to_data, decoder, divergence).flatten(1).mean(1) / math.log(2)
 
 
@@ -262,7 +264,7 @@ def _whole_bound(
 def _log_probability_of_level(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """log of the Gaussian's mass in the bin of 2/255 about x0; the first and the last bin go on for ever.
 
-    Ho et al. 2020, eq. 13, with the exact normal distribution, and finite however far x0 is from the mean.
+    Ho et al. 2020, eq. 13, with the exact normal distribution, by its logarithm, which does not vanish in the tails.
     """
     upper, lower = (x0 + 1 / 255 - mean) / std, (x0 - 1 / 255 - mean) / std
     # Bins above the mean are mirrored to below it, where the distribution's logarithm keeps its digits.

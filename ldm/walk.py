@@ -62,7 +62,8 @@ StepRule = Callable[[Step], tuple[Tensor, Tensor | float]]
 
 
 def levels_of(schedule: ForwardProcess, timesteps: Tensor, smallest_signal: float = 0.0) -> list[Level]:
-    """The levels of a time grid [n + 1], with alpha^2 no less than `smallest_signal`.
+    """The levels of a time grid [n + 1]. One without any signal gets alpha^2 of `smallest_signal`, as in diffusers, or
+    less, so that it stays noisier than the next.
 
     Raises:
         ValueError: times that do not decrease strictly, fewer than two of them, or one out of the schedule's range.
@@ -70,10 +71,12 @@ def levels_of(schedule: ForwardProcess, timesteps: Tensor, smallest_signal: floa
     times = timesteps.to("cpu", torch.float64)
     if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
         raise ValueError("timesteps must be two or more strictly decreasing times, the last of which ends the sampling")
-    alphas, sigmas = schedule.at(times)
-    alphas = alphas.clamp(min=math.sqrt(smallest_signal))
-    sigmas = sigmas.clamp(max=math.sqrt(1 - smallest_signal))
-    return [Level(*values) for values in zip(times.tolist(), alphas.tolist(), sigmas.tolist(), strict=True)]
+    levels = [Level(*values) for values in zip(times.tolist(), *map(Tensor.tolist, schedule.at(times)), strict=True)]
+    for index in reversed(range(len(levels) - 1)):
+        if levels[index].alpha == 0:
+            signal = min(smallest_signal, levels[index + 1].alpha ** 2 / 2)
+            levels[index] = Level(levels[index].t, math.sqrt(signal), math.sqrt(1 - signal))
+    return levels
 
 
 @torch.no_grad()

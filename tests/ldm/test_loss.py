@@ -376,6 +376,17 @@ def test_the_hybrids_bound_trains_the_variance_alone(data, pictures):
     assert of_variance.abs().min() > 0
 
 
+@pytest.mark.parametrize("variance", ["learned", "beta"])
+def test_a_new_network_gets_a_finite_gradient_from_the_bound_at_the_noisiest_times(variance):
+    # There the estimate of a network that predicts no noise yet is up to 80,000, and its deviation about 1.
+    output = torch.zeros(10, 6 if variance == "learned" else 3, 32, 32, requires_grad=True)
+    x0, eps = torch.zeros(10, 3, 32, 32), torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    inputs = x0, eps, torch.arange(990, 1000), torch.zeros(10, 1, 1), COSINE, "eps"
+    loss = variational_bound(lambda x_t, t, context: output, *inputs, variance, "8-bit")
+    (gradient,) = torch.autograd.grad(loss.sum(), output)
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("data", ["8-bit", "continuous"])
 @pytest.mark.parametrize("variance", ["learned", "beta_tilde", "beta"])
 def test_single_precision_is_enough(variance, data, pictures):

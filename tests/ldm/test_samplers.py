@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from ldm.samplers import (
     sample_ode,
 )
 from ldm.schedule import VPSDE, NoiseSchedule
+from ldm.walk import levels_of
 
 SCHEDULE = NoiseSchedule("scaled_linear")
 DIFFUSERS_NAMES = {"eps": "epsilon", "v": "v_prediction"}
@@ -252,6 +254,25 @@ def test_log_snr_samplers_start_at_the_smallest_signal(name):
         kept = (2**-12 / alpha * sigma / math.sqrt(1 - 2**-24)) ** 2
         noise = math.sqrt(kept) * noise + math.sqrt(1 - kept) * draw
     torch.testing.assert_close(result, alpha * x0 + sigma * noise, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_start_without_signal_is_noisier_than_times_of_next_to_none(name):
+    """Four of this schedule's times are noisier than the level at which others begin."""
+    schedule = NoiseSchedule("linear", beta_start=1e-4, beta_end=0.02, zero_terminal_snr=True)
+    assert schedule.alphas_cumprod[-4] < 2**-24
+    grid = torch.tensor([999.0, 998, 997, 996, 995, 500, 0, -1])
+    starts = []
+
+    def denoise(x_t, t):
+        starts.append(t[0].item())
+        return Estimate(torch.tanh(x_t))
+
+    result = SAMPLERS[name](denoise, noises(1)[0], schedule, grid)
+    assert result.isfinite().all()
+    assert set(starts) >= set(grid[:-1].tolist())
+    levels = levels_of(schedule, grid, 2**-24)
+    assert all(before.noise > after.noise for before, after in pairwise(levels))
 
 
 def test_one_step_of_ddpm_is_the_posterior_of_the_forward_process():

@@ -8,9 +8,10 @@ import diffusers
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from ldm.layers import Attention, Conv3x3, GroupNorm, attend, joined
+from ldm.layers import Attention, Conv3x3, GroupNorm, TransformerBlock, attend, joined
 from ldm.unet import UNet, UNetConfig
 from pipelines.loading import DEFAULT_MODEL
 
@@ -384,6 +385,37 @@ def test_what_happens_to_joined_weights_counts(change: Any) -> None:
     if out.requires_grad:
         out.sum().backward()
         assert all(weight.grad is not None for weight in projections(attention))
+
+
+ATTENDING = ["to_q", "to_k", "to_v"]
+TRANSFORMER = [*(f"attn{number}.{name}" for number in (1, 2) for name in (*ATTENDING, "to_out.0")), "ff.net.0.proj"]
+
+
+@pytest.mark.parametrize("name", TRANSFORMER)
+def test_an_adapter_in_place_of_a_linear_layer_works_and_learns(name: str) -> None:
+    torch.manual_seed(0)
+    block = TransformerBlock(16, 4, 8).requires_grad_(False)
+    block.attn1.join()
+    x, context = torch.randn(2, 10, 16), torch.randn(2, 5, 8)
+    before = block(x, context)
+    inject_adapter_in_model(LoraConfig(target_modules=[name], init_lora_weights=False), block)
+    after = block(x, context)
+    assert not torch.equal(after, before)
+    after.sum().backward()
+    learning = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    assert len(learning) == 2
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in learning)
+
+
+@pytest.mark.parametrize("name", TRANSFORMER)
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_on_a_linear_layer_is_called(name: str, kind: str) -> None:
+    block = TransformerBlock(16, 4, 8).requires_grad_(False)
+    block.attn1.join()
+    calls = []
+    getattr(block.get_submodule(name), kind)(lambda *given: calls.append(given))
+    block(torch.randn(2, 10, 16), torch.randn(2, 5, 8))
+    assert len(calls) == 1
 
 
 def test_pure_bfloat16_stays_near_float32_and_in_bfloat16() -> None:
