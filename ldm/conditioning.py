@@ -14,7 +14,8 @@ from ldm.layers import Context
 class Labelled(nn.Module):
     """A network with classes at fixed `class_labels` [B, ...], which it takes as its fourth argument.
 
-    Classifier-free guidance of the classes themselves (Ho and Salimans 2022) takes labels [2B], the null class first.
+    Classifier-free guidance of the classes themselves (Ho and Salimans 2022) takes labels [2B], the null class first;
+    at a scale of 1 or 0, where one half alone is run, it takes that half's [B].
     """
 
     def __init__(self, network: nn.Module, class_labels: Tensor) -> None:

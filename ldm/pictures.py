@@ -2,18 +2,33 @@
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
+
+Turn = Image.Transpose
+TURNS = {
+    2: Turn.FLIP_LEFT_RIGHT,
+    3: Turn.ROTATE_180,
+    4: Turn.FLIP_TOP_BOTTOM,
+    5: Turn.TRANSPOSE,
+    6: Turn.ROTATE_270,
+    7: Turn.TRANSVERSE,
+    8: Turn.ROTATE_90,
+}
+"""What makes a picture upright, by EXIF's orientation. `ImageOps.exif_transpose` would also write the rest of EXIF
+anew, which it cannot where a tag has another type than it should."""
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """The picture in RGB of 8 bits: EXIF rotation applied, transparency on white.
 
     Raises:
-        OSError: data that are broken or cut off.
         ValueError: pixels without a known range (32-bit integers, floats), or of colours that Pillow cannot convert.
+        Exception: whatever Pillow's reader of this kind of file raises if the data are broken or cut off.
     """
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if (turn := TURNS.get(image.getexif().get(ExifTags.Base.Orientation))) is not None:
+        image = image.transpose(turn)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow's own conversion saturates
     elif image.mode in ("I", "F"):

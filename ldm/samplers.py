@@ -113,14 +113,15 @@ def invert_ddim(
     schedule: ForwardProcess,
     timesteps: Tensor,
     *,
+    randn: Randn | None = None,
     on_step: StepHook | None = None,
 ) -> Tensor:
     """DDIM backwards (Song et al. 2020, section 4.3): data to noise, up the grid that `sample_ddim` comes down.
 
     x is at the grid's last time; returned is x at its first. Each step takes its noise from the estimate at the time
-    that it goes to, for the x that it comes from, as diffusers' DDIMInverseScheduler does. So the first step, from
-    sigma 0, is like any other, the network runs at the same times as in sampling, and where alpha is 0 at the top the
-    last step changes nothing.
+    that it goes to, for the x that it comes from, whatever the network predicts; as diffusers' DDIMInverseScheduler
+    where it predicts eps. So the first step, from sigma 0, is like any other, the network runs at the same times as in
+    sampling, and where alpha is 0 at the top the last step changes nothing. `randn` is not called.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     for index, (before, after) in enumerate(pairwise(reversed(levels_of(schedule, timesteps)))):
@@ -130,6 +131,9 @@ def invert_ddim(
         if on_step is not None:
             on_step(StepInfo(index, before.t, x, x0))
     return finite(x, "the result")
+
+
+sample_invert_ddim = invert_ddim  # the name that begins like all others'
 
 
 def sample_euler(

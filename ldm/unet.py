@@ -33,8 +33,9 @@ class UNetConfig(BaseModel, frozen=True):
     """Keys, defaults and meanings of diffusers' `UNet2DConditionModel`; keys that it does not know are ignored.
 
     A key without a part in this network may hold only its neutral value. `attention_head_dim` is the *number* of heads,
-    as in every published folder; `num_attention_heads`, where given, goes before it. `upcast_attention` may be either:
-    fused attention keeps its scores in float32 anyway. `sample_size` is the latent size trained at, in cells.
+    as in every published folder; `num_attention_heads`, where given, goes before it. `upcast_attention` may be either,
+    and changes nothing: fused attention keeps its scores in float32 anyway, and the plain formula, by which short
+    sequences train on a CPU, in the network's dtype. `sample_size` is the latent size trained at, in cells.
 
     `block_type` alone is not diffusers': what stands where its networks have residual blocks (`ldm.blocks`).
     """

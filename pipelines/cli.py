@@ -192,7 +192,7 @@ def render(
 
     source = open_init(init, mask, strength)  # what is wrong with it is told before a big model is read
     pipe = load(device)
-    total = pipe.settings.steps if steps is None else steps
+    total = pipe.settings.steps if steps is None else min(steps, pipe.schedule.steps)  # more are refused
     with _progress(total if source is None else int(total * source.strength)) as on_step:
         out = pipe(
             prompt,

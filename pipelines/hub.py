@@ -37,4 +37,17 @@ def fetch(source: str) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    return (folder / "model_index.json").is_file() and all(any(folder.glob(f"{part}/*.safetensors")) for part in PARTS)
+    """Whether nothing is missing that a model needs; a download may have been cut off."""
+    from pipelines.stored_model import CONFIGS, WEIGHTS_STEM
+    from pipelines.weights import files_of, find_weights
+
+    vocabulary = ("tokenizer.json",), ("vocab.json", "merges.txt")
+    try:
+        for part, stem in WEIGHTS_STEM.items():
+            files_of(find_weights(folder / part, stem))
+    except ValueError:
+        return False
+    tokenizer = folder / "tokenizer"
+    return all((folder / name).is_file() for name in (*CONFIGS, "tokenizer/tokenizer_config.json")) and any(
+        all((tokenizer / name).is_file() for name in names) for names in vocabulary
+    )

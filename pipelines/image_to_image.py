@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -34,11 +35,11 @@ class InitImage:
 
     def size(self, height: int | None, width: int | None, multiple: int) -> tuple[int, int]:
         """(height, width) for what is left open: the picture's own, scaled to the one that is given, in multiples."""
-        scale = 1.0
+        scale = Fraction(1)  # exact, for what is given may be too large for a float and is only refused later
         if height is not None:
-            scale = height / self.picture.height
+            scale = Fraction(height, self.picture.height)
         elif width is not None:
-            scale = width / self.picture.width
+            scale = Fraction(width, self.picture.width)
         rounded = [max(multiple, round(side * scale / multiple) * multiple) for side in self.picture.size]
         return rounded[1], rounded[0]
 
@@ -95,7 +96,7 @@ def open_picture(source: ImageSource, name: str) -> Image.Image:
                 return as_rgb(source)
             with Image.open(source) as picture:
                 return as_rgb(picture)
-    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise nearly anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         which = f"the {name}" if isinstance(source, Image.Image) else f"{name} {os.fspath(source)}"
         raise ValueError(f"{which} is no readable picture: {reason}; give a PNG or JPEG file") from None

@@ -1,5 +1,6 @@
 """PNG files that say how they were made, written whole or not at all."""
 
+import functools
 import hashlib
 import json
 import os
@@ -40,7 +41,7 @@ def read_record(path: Path) -> dict[str, Any]:
         ValueError: the file is no picture, or holds no record.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             image.load()
             record = json.loads(image.info[RECORD_CHUNK])
     except KeyError:
@@ -91,19 +92,17 @@ def weights_sha256(files: Iterable[Path]) -> str:
 
     Digests of single files are cached by path, size and modification time in the user's cache folder.
     """
-    cache_file = _cache_folder() / CACHE_FILE
-    cache = _read_cache(cache_file)
+    cache = _read_cache()
     digests, fresh = [], False
     for path in files:
         status = path.stat()
         key = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
         if key not in cache:
-            with path.open("rb") as file:
-                cache[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            cache[key] = _sha256(path, key)
             fresh = True
         digests.append(cache[key])
     if fresh:
-        _write_cache(cache_file, cache)
+        _write_cache(cache)
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
@@ -119,25 +118,37 @@ def _staged(path: Path, keep: bool = True) -> Iterator[Path]:
         staged.unlink(missing_ok=True)
 
 
+@functools.cache  # where nothing can be written, the same model is not read again for each of its pictures
+def _sha256(path: Path, key: str) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cache_file() -> Path:
+    """Raises RuntimeError where nobody knows the user's home."""
+    return _cache_folder() / "ldm" / CACHE_FILE
+
+
 def _cache_folder() -> Path:
     if os.name == "nt":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "ldm"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm"
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
-def _read_cache(path: Path) -> dict[str, str]:
+def _read_cache() -> dict[str, str]:
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        content = json.loads(_cache_file().read_bytes())
+    except (OSError, ValueError, RuntimeError):
         return {}
     pairs = content.items() if isinstance(content, dict) else ()
     return {key: value for key, value in pairs if isinstance(value, str)}
 
 
-def _write_cache(path: Path, cache: Mapping[str, str]) -> None:
+def _write_cache(cache: Mapping[str, str]) -> None:
     try:
+        path = _cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         with _staged(path) as staged:
             staged.write_text(json.dumps(cache), encoding="utf-8")
-    except OSError:
+    except (OSError, RuntimeError):
         return  # without a cache the next digest only takes longer

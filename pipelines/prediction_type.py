@@ -67,6 +67,10 @@ def share_of_input(unet: UNet, steps: int = 1000) -> float:
     and alpha times the noise: below 0.1. The network is cast to float32, in which any CPU computes fast enough.
     """
     config, generator = unet.config, torch.Generator().manual_seed(0)
-    x = torch.randn(1, config.in_channels, 16, 16, generator=generator)
-    out = unet.float()(x, torch.tensor(steps - 1), torch.zeros(1, 77, config.cross_attention_dim))
+    channels = min(config.in_channels, config.out_channels)  # a learned variance comes out, a mask goes in beside
+    x = torch.randn(1, channels, 16, 16, generator=generator)
+    nothing_known = torch.zeros(1, config.in_channels - channels, 16, 16)
+    nothing_known[:, :1] = 1  # all to be painted, over an empty picture
+    x_t = torch.cat([x, nothing_known], dim=1)
+    out = unet.float()(x_t, torch.tensor(steps - 1), torch.zeros(1, 77, config.cross_attention_dim))[:, :channels]
     return float((out * x).sum() / (x * x).sum())

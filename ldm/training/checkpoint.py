@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import SCALER_NAME
 
 MANIFEST = "manifest.json"
 
@@ -91,7 +92,8 @@ def _damaged(checkpoint: Path, name: str) -> ValueError:
 def load_newest(accelerator: Accelerator, folder: Path) -> int:
     """Restore the newest checkpoint into the prepared objects and return its step; 0 if there is none.
 
-    Raises ValueError if it is damaged: going on from an older one is the user's decision.
+    Raises ValueError if it is damaged, for going on from an older one is the user's decision, or of other networks or
+    optimizers.
     """
     if accelerator.is_main_process:
         for leftover in folder.glob(".tmp-*"):
@@ -99,6 +101,19 @@ def load_newest(accelerator: Accelerator, folder: Path) -> int:
     found = checkpoints(folder)
     if not found:
         return 0
-    step = verify(found[-1])
-    accelerator.load_state(str(found[-1]))
+    newest = found[-1]
+    step = verify(newest)
+    scaler = accelerator.scaler
+    if not (newest / SCALER_NAME).exists():
+        accelerator.scaler = None  # the run was of another precision, which needs none
+    try:
+        accelerator.load_state(str(newest))
+    except (RuntimeError, ValueError, KeyError, FileNotFoundError) as error:
+        fault = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(
+            f"checkpoint {newest} is of another network or optimizer ({fault}): give another loop.out, or the settings "
+            "that it was made with"
+        ) from None
+    finally:
+        accelerator.scaler = scaler
     return step

@@ -39,8 +39,8 @@ class DataConfig(BaseModel, frozen=True, extra="forbid"):
 def open_dataset(config: DataConfig) -> "datasets.Dataset":
     """The dataset behind `config.path`, its images undecoded. The builder is named: none that unpickles is chosen.
 
-    Raises FileNotFoundError if the folder is missing or holds no images, ValueError if a column is missing or a file
-    that lists or holds the pictures cannot be read.
+    Raises FileNotFoundError if the folder is missing or holds no images, ValueError if a column is missing or
+    holds no images, or a file that lists or holds the pictures cannot be read or holds none.
     """
     from_hub = config.path.startswith("hub:")
     if not from_hub:
@@ -54,13 +54,20 @@ def open_dataset(config: DataConfig) -> "datasets.Dataset":
         builder, files = _builder_of(Path(config.path))
         try:
             data = datasets.load_dataset(builder, data_files={"train": files}, split="train")
-        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        except Exception as error:  # each builder lets through what its own readers raise
             raise ValueError(f"{config.path} cannot be read: {error.__cause__ or error}") from None
     for column in (config.image_column, config.caption_column):
         if column not in data.column_names:
             raise ValueError(f"{config.path} has no column {column!r}: it has {', '.join(data.column_names)}")
     data = data.select_columns([config.image_column, config.caption_column])
-    return data.cast_column(config.image_column, datasets.Image(decode=False))
+    try:
+        return data.cast_column(config.image_column, datasets.Image(decode=False))
+    except Exception as error:  # pyarrow's, one for each type
+        found = data.features[config.image_column]
+        raise ValueError(
+            f"column {config.image_column!r} of {config.path} holds no images but {found}: name another with "
+            f"data.image_column ({error})"
+        ) from None
 
 
 def _builder_of(folder: Path) -> tuple[str, list[str]]:
@@ -70,11 +77,12 @@ def _builder_of(folder: Path) -> tuple[str, list[str]]:
     for pattern, builder in (("*.parquet", "parquet"), ("*.tar", "webdataset")):
         if found := sorted(map(str, folder.glob(pattern))):
             return builder, found
-    if (folder / "metadata.jsonl").exists():
+    listed = folder / "metadata.jsonl"
+    if listed.exists() and listed.stat().st_size > 0:
         # Given as a folder, its files would be split by what their names begin with, such as "test".
         return "imagefolder", [f"{glob.escape(str(folder))}/**"]
     raise FileNotFoundError(
-        f"{folder} has no metadata.jsonl, parquet or tar files: write metadata.jsonl with lines "
+        f"{folder} has no lines in metadata.jsonl, no parquet and no tar files: write metadata.jsonl with lines "
         '{"file_name": "a.png", "text": "a caption"}'
     )
 
@@ -82,7 +90,7 @@ def _builder_of(folder: Path) -> tuple[str, list[str]]:
 def decode_image(source: bytes | str, size: int) -> Tensor:
     """A picture as float32 [3,size,size] in [-1,1]: EXIF rotation applied, transparency on white, middle square.
 
-    Raises OSError for what is no picture, ValueError for pixels without a known range (32-bit integers, floats).
+    Raises what `as_rgb` does, and OSError for what is no picture.
     """
     image = as_rgb(Image.open(source if isinstance(source, str) else io.BytesIO(source)))
     return as_tensor(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
@@ -135,10 +143,12 @@ class CaptionedImages(CaptionedDataset):
             image = image.flip(-1)
         return image, row[self.config.caption_column], place
 
-    def _decode(self, index: int, source: dict[str, Any]) -> Tensor:
+    def _decode(self, index: int, source: dict[str, Any] | None) -> Tensor:
+        if source is None:
+            raise ValueError(f"row {index} of {self.config.path} has no picture: add it, or delete the row")
         try:
             return decode_image(source["bytes"] or source["path"], self.config.size)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow's readers raise nearly anything
             raise ValueError(
                 f"row {index} ({source['path']}) of {self.config.path} is no readable image: {error}"
             ) from None

@@ -171,8 +171,9 @@ def apply_gradients(training: Training, model: nn.Module, optimizers: Sequence[A
 class _Log:
     """Means over steps and processes of what `train_step` returns: to tensorboard, `log.jsonl` and the progress bar."""
 
-    def __init__(self, training: Training, start: int, seen_per_step: int) -> None:
-        self.training, self.seen_per_step = training, seen_per_step
+    def __init__(self, training: Training, start: int) -> None:
+        self.training, self.last = training, start
+        self.file = Path(training.config.out) / "log.jsonl"
         self.sums: dict[str, Tensor] = {}
         self.counts: Counter[str] = Counter()
         self.since = time.monotonic()
@@ -184,6 +185,14 @@ class _Log:
             unit="step",
             smoothing=0.05,
         )
+        if accelerator.is_main_process and self.file.exists():
+            self._forget_after(start)
+
+    def _forget_after(self, start: int) -> None:
+        """Leaves out what a run that was cut short had logged since the checkpoint that this one goes on from."""
+        lines = self.file.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n") and start > 0]
+        self.file.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
 
     def add(self, values: dict[str, Tensor]) -> None:
         # Summed where they are: to read them here would make an accelerator wait at every step.
@@ -197,17 +206,18 @@ class _Log:
         over_all = self.training.accelerator.reduce(own, reduction="mean")
         means = dict(zip(self.sums, over_all.tolist(), strict=True))
         seconds = time.monotonic() - self.since
-        means["images_per_second"] = self.seen_per_step / seconds if seconds else 0.0
+        seen = (step - self.last) * self.training.config.batch_size
+        means["images_per_second"] = seen / seconds if seconds else 0.0
         means["learning_rate"] = self.training.optimizers[0].param_groups[0]["lr"]
         self.append(step, means)
         self.bar.set_postfix({k: f"{v:.4g}" for k, v in means.items() if k in ("loss", "images_per_second")})
-        self.sums, self.counts, self.since = {}, Counter(), time.monotonic()
+        self.sums, self.counts, self.since, self.last = {}, Counter(), time.monotonic(), step
 
     def append(self, step: int, values: dict[str, float]) -> None:
         """A line of the log, and the same to tensorboard; the main process' alone."""
         self.training.accelerator.log(values, step=step)
         if self.training.accelerator.is_main_process:
-            with (Path(self.training.config.out) / "log.jsonl").open("a") as lines:
+            with self.file.open("a") as lines:
                 lines.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
 
 
@@ -242,7 +252,8 @@ def _groups(training: Training) -> list[dict[str, Any]]:
 def fit(training: Training) -> int:
     """Train from the newest checkpoint, or the start, to `steps` or until `minutes` are over. Returns the step reached.
 
-    Raises ValueError if the gradient was not finite for ten steps in a row when the log is written.
+    Raises ValueError if the gradient was not finite for ten steps in a row when the log is written, as it is at the end
+    too, or what `load_newest` raises.
     """
     accelerator, config = training.accelerator, training.config
     folder = Path(config.out)
@@ -256,7 +267,7 @@ def fit(training: Training) -> int:
     for group, (_, decay) in zip(groups, asked, strict=True):
         group["weight_decay"] = decay
     deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
-    log = _Log(training, start, config.batch_size * config.log_every)
+    log = _Log(training, start)
     skipped, done, saved = torch.zeros((), dtype=torch.int64, device=accelerator.device), start, start
     if start == 0 and accelerator.is_main_process and training.measure:
         log.append(0, training.measure())
@@ -269,12 +280,13 @@ def fit(training: Training) -> int:
             whole = batch is batches[-1]  # before that there is no gradient of the step
             log.add({name: value for name, value in values.items() if whole or not name.endswith(NORM)})
         done += 1
+        is_last = done == config.steps
         skipped = _count_skipped(skipped, values)
-        if done % config.ema_every == 0:
+        if done % min(config.ema_every, config.steps) == 0:
             for ema, model in training.averaged:
                 ema.update_parameters(accelerator.unwrap_model(model))
         log.bar.update()
-        if done % config.log_every == 0:
+        if done % config.log_every == 0 or is_last:
             log.write(done)
             if (in_a_row := int(skipped)) >= MOST_SKIPPED:
                 raise ValueError(
@@ -284,7 +296,7 @@ def fit(training: Training) -> int:
         if done % config.checkpoint_every == 0 or stop:
             checkpoint.save_checkpoint(accelerator, folder, done, config.keep)
             saved = done
-        if accelerator.is_main_process and (done % config.sample_every == 0 or done == config.steps):
+        if accelerator.is_main_process and (done % config.sample_every == 0 or is_last):
             if training.measure:
                 log.append(done, training.measure())
             if training.on_sample:

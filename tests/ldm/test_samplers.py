@@ -13,7 +13,7 @@ from diffusers import (
     HeunDiscreteScheduler,
 )
 
-from ldm import posterior
+from ldm import posterior, samplers
 from ldm.denoiser import Estimate, make_denoiser
 from ldm.samplers import (
     SAMPLERS,
@@ -480,6 +480,10 @@ def test_a_start_without_signal_is_finite():
         assert sample(denoiser("v", schedule), x, schedule, grid).isfinite().all()
 
 
+def test_inversion_has_its_own_name_and_that_of_samplers():
+    assert samplers.sample_invert_ddim is invert_ddim
+
+
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 @pytest.mark.parametrize("sample", [*SAMPLERS.values(), invert_ddim], ids=[*SAMPLERS, "invert"])
 def test_float32_is_close_to_float64(sample, zero_terminal_snr):
@@ -488,8 +492,7 @@ def test_float32_is_close_to_float64(sample, zero_terminal_snr):
     grid = schedule.timesteps(20, "trailing")
 
     def run(x):
-        options = {} if sample is invert_ddim else {"randn": Replay(steps)}
-        return sample(denoiser("v", schedule), x, schedule, grid, **options).double()
+        return sample(denoiser("v", schedule), x, schedule, grid, randn=Replay(steps)).double()
 
     torch.testing.assert_close(run(x), run(x.double()), rtol=2e-5, atol=2e-5)
 
@@ -580,7 +583,7 @@ def test_on_an_accelerator_the_host_waits_once_and_the_result_is_that_of_the_cpu
     grid = SCHEDULE.timesteps(4, "trailing")
 
     def run(x, denoise):
-        return sample(denoise, x, SCHEDULE, grid, **({} if sample is invert_ddim else {"randn": Replay(steps)}))
+        return sample(denoise, x, SCHEDULE, grid, randn=Replay(steps))
 
     torch.testing.assert_close(run(x.cuda(), denoiser("eps")).cpu(), run(x, denoiser("eps")), rtol=1e-4, atol=1e-4)
     seen = []

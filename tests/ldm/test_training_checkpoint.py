@@ -1,6 +1,6 @@
 """Checkpoints are whole or not there, whenever the process dies."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -105,6 +105,48 @@ def test_a_damaged_manifest_is_refused_by_name(content: str, tmp_path: Path) -> 
     (tmp_path / "step-00000001" / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match=r"step-00000001/manifest\.json is damaged"):
         saved.load(tmp_path)
+
+
+def other_network(accelerator: Accelerator) -> None:
+    accelerator.prepare(nn.Linear(3, 4))
+
+
+def another_kind_of_network(accelerator: Accelerator) -> None:
+    accelerator.prepare(nn.Conv2d(3, 2, 1, bias=False))
+
+
+def other_groups(accelerator: Accelerator) -> None:
+    model = nn.Linear(3, 2)
+    accelerator.prepare(model, torch.optim.AdamW([{"params": [model.weight]}, {"params": [model.bias]}]))
+
+
+def a_second_optimizer(accelerator: Accelerator) -> None:
+    model = nn.Linear(3, 2)
+    accelerator.prepare(model, torch.optim.AdamW([model.weight]), torch.optim.AdamW([model.bias]))
+
+
+@pytest.mark.parametrize("prepare", [other_network, another_kind_of_network, other_groups, a_second_optimizer])
+def test_a_checkpoint_of_something_else_is_one_line(tmp_path: Path, prepare: Callable[[Accelerator], None]) -> None:
+    Saved().save(tmp_path, 1)
+    accelerator = Accelerator()
+    accelerator._models.clear()
+    accelerator._optimizers.clear()
+    prepare(accelerator)
+    with pytest.raises(ValueError, match=r"step-00000001 is of another network or optimizer \(.+\): give") as caught:
+        checkpoint.load_newest(accelerator, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_goes_on_in_a_precision_that_needs_a_scaler(tmp_path: Path) -> None:
+    saved = Saved()
+    saved.save(tmp_path, 3)
+    scaler = saved.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    assert saved.load(tmp_path) == 3
+    assert saved.accelerator.scaler is scaler
+    saved.save(tmp_path, 4)
+    saved.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    assert saved.load(tmp_path) == 4
+    assert saved.accelerator.scaler.get_scale() == 8.0
 
 
 class Killed(BaseException):

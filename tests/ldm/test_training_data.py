@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import ValidationError
 from torch import Tensor
 
+from ldm.pictures import as_rgb
 from ldm.training.data import (
     Batch,
     CaptionedDataset,
@@ -106,6 +108,24 @@ def test_exif_rotation(orientation: int, corner: tuple[int, int], size: int) -> 
     red, green, blue = color_at(decoded, y, x)
     assert red > 200 > 60 > max(green, blue)
     assert sum(float(c) > 0 for c in decoded[0].flatten()) == size * size // 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_that_of_pillow(orientation: int) -> None:
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(8, 6) * 5).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.open(io.BytesIO(encode(image, exif=exif)))
+    expected = ImageOps.exif_transpose(stored)
+    assert (as_rgb(stored).size, as_rgb(stored).tobytes()) == (expected.size, expected.tobytes())
+
+
+def test_a_mistyped_tag_beside_the_orientation_is_harmless() -> None:
+    entry = struct.Struct(">HHI4s")
+    tags = entry.pack(0x0112, 3, 1, b"\0\x06\0\0") + entry.pack(0x0128, 2, 1, b"\0\x02\0\0")
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + tags + bytes(4)
+    stored = Image.open(io.BytesIO(encode(Image.new("RGB", (16, 8), RED), "JPEG", exif=exif)))
+    assert as_rgb(stored).size == (8, 16)
 
 
 def test_transparency_becomes_white() -> None:
@@ -235,7 +255,7 @@ def test_what_a_user_may_get_wrong(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         open_dataset(DataConfig(path=str(tmp_path / "nowhere")))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no metadata\.jsonl, parquet or tar"):
+    with pytest.raises(FileNotFoundError, match=r"no lines in metadata\.jsonl, no parquet and no tar files: write"):
         open_dataset(DataConfig(path=str(tmp_path / "empty")))
     folder = write_folder(tmp_path / "data")
     with pytest.raises(ValueError, match="no column 'caption': it has image, text, more"):
@@ -246,6 +266,39 @@ def test_what_a_user_may_get_wrong(tmp_path: Path) -> None:
         open_dataset(DataConfig(path=str(folder)))
     with pytest.raises(ValidationError, match="size"):
         DataConfig(path=str(folder), size=4)
+
+
+def test_files_that_hold_no_rows_are_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "0.png")
+    config = DataConfig(path=str(folder))
+    (folder / "metadata.jsonl").touch()
+    with pytest.raises(FileNotFoundError, match=r"no lines in metadata\.jsonl"):
+        open_dataset(config)
+    (folder / "a.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(ValueError, match=r"data cannot be read: "):
+        open_dataset(config)
+    none: dict[str, list[Any]] = {"image": [], "text": []}
+    datasets.Dataset.from_dict(none).to_parquet(str(folder / "a.parquet"))
+    with pytest.raises(ValueError, match=r"data cannot be read: .* no data"):
+        open_dataset(config)
+
+
+def test_a_column_that_holds_no_images_is_named(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"image": [1], "text": ["one"]}).to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(ValueError, match=r"^column 'image' of .* holds no images but .*int64.*data\.image_column"):
+        open_dataset(DataConfig(path=str(tmp_path)))
+
+
+def test_a_row_without_a_picture_is_named(tmp_path: Path) -> None:
+    cells = [{"bytes": encode(Image.new("RGB", (8, 8))), "path": None}, None]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = datasets.Dataset.from_dict({"image": cells, "text": ["a", "b"]}, features)
+    rows.to_parquet(str(tmp_path / "a.parquet"))
+    images = CaptionedImages(DataConfig(path=str(tmp_path), size=8), seed=0)
+    with pytest.raises(ValueError, match=r"^row 1 of .* has no picture: add it, or delete the row$"):
+        images.images(0, 2)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", None])

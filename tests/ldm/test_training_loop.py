@@ -228,6 +228,43 @@ def test_training_gives_up_after_ten_bad_steps(tmp_path: Path) -> None:
     assert loop.MOST_SKIPPED == 10
 
 
+@pytest.mark.parametrize("log_every", [20, 100])
+def test_a_run_that_ends_in_bad_steps_is_no_success(tmp_path: Path, log_every: int) -> None:
+    training, _ = start(configure(tmp_path, steps=39, log_every=log_every), spoil=lambda batch: batch.step >= 20)
+    with pytest.raises(ValueError, match="the gradient was not finite for 19 steps up to step 39"):
+        fit(training)
+
+
+def test_what_is_shorter_than_the_average_s_steps_is_averaged_once(tmp_path: Path) -> None:
+    training, network = start(configure(tmp_path, steps=5, ema_every=10))
+    fit(training)
+    ((ema, _),) = training.averaged
+    assert torch.equal(dict(ema.named_parameters())["module.weight"], network.weight)
+
+
+def test_the_last_line_is_of_the_steps_that_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))  # a second passes at each look
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    training, _ = start(configure(tmp_path, steps=5, log_every=3))
+    fit(training)
+    assert [(line["step"], line["images_per_second"]) for line in log_of(tmp_path)] == [(3, 3 * 4 / 1), (5, 2 * 4 / 2)]
+
+
+def test_what_a_run_that_was_cut_short_logged_is_logged_once(tmp_path: Path) -> None:
+    def interrupt(batch: Batch) -> bool:
+        if batch.step == 5:
+            raise KeyboardInterrupt
+        return False
+
+    config = configure(tmp_path, steps=9, checkpoint_every=3)
+    with pytest.raises(KeyboardInterrupt):
+        fit(start(config, interrupt)[0])
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    fit(start(config)[0])
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
 def test_stops_when_time_is_up_and_goes_on(tmp_path: Path) -> None:
     training, _ = start(configure(tmp_path / "a", log_every=2, minutes=1e-9))
     assert fit(training) == 2

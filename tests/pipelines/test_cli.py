@@ -202,6 +202,16 @@ def test_bad_input_is_one_line_and_exit_code_2(run: Run, arguments: list[str], f
     assert os.listdir() == []
 
 
+@pytest.mark.parametrize("option", ["--width", "--height", "--steps"])
+def test_a_number_too_large_for_a_float_is_refused_beside_an_image(run: Run, tmp_path: Path, option: str) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "init.png")
+    code, out, err = run("a", "--init", str(tmp_path / "init.png"), option, "1" + 400 * "0")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert " is 1000" in err
+    assert err.count("\n") == 1
+
+
 def test_a_file_of_prompts_is_rendered_once(run: Run) -> None:
     Path("list.jsonl").write_text('{"prompt": "a house", "seed": 7}\n{"prompt": "two fish", "steps": 2}\n')
     code, out, _ = run("--prompts", "list.jsonl", "-o", "pictures", "--json")

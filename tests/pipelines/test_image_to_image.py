@@ -1,6 +1,7 @@
 """Image to image and inpainting, against diffusers' pipelines; and what becomes of any picture file."""
 
 import io
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -443,9 +444,10 @@ def test_files_that_are_no_pictures(tmp_path: Path) -> None:
             open_picture(tmp_path / "x.tif", "image")
 
 
-def test_some_readers_of_pillow_raise_runtime_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, AttributeError, struct.error])
+def test_readers_of_pillow_raise_all_kinds_of_errors(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
     def refuse(_: Image.Image) -> Image.Image:
-        raise RuntimeError("Failed to decode frame 0")  # AVIF
+        raise error("Failed to decode frame 0")
 
     monkeypatch.setattr(image_to_image, "as_rgb", refuse)
     with pytest.raises(ValueError, match="the image is no readable picture: Failed to decode frame 0"):

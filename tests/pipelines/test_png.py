@@ -78,6 +78,9 @@ def test_pictures_without_a_record_are_refused(tmp_path: Path, image: Image.Imag
     path.write_bytes(b"no picture")
     with pytest.raises(ValueError, match="no readable picture"):
         png.read_record(path)
+    path.write_bytes(b"DDS " + bytes(124))  # Pillow's reader of this kind raises what it likes
+    with pytest.raises(ValueError, match="no readable picture"):
+        png.read_record(path)
     chunks = png.PngInfo()
     chunks.add_itxt("ldm", "[1]")
     image.save(path, pnginfo=chunks)
@@ -138,6 +141,28 @@ def test_no_place_for_the_cache_is_harmless(tmp_path: Path, monkeypatch: pytest.
     file.write_bytes(b"1")
     digest = png.weights_sha256([file])
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    assert png.weights_sha256([file]) == digest
+
+
+def test_a_user_without_a_home_needs_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "one"
+    file.write_bytes(b"1")
+    digest = png.weights_sha256([file])
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def nobody(cls: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", classmethod(nobody))
+    assert png.weights_sha256([file]) == digest
+
+
+def test_without_a_cache_a_file_is_read_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "one"
+    file.write_bytes(b"1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    digest = png.weights_sha256([file])
+    monkeypatch.setattr(png.hashlib, "file_digest", None)
     assert png.weights_sha256([file]) == digest
 
 

@@ -322,7 +322,7 @@ def test_names_of_prediction_types() -> None:
 class Perfect(nn.Module):
     """Knows the law of its latents, which are 1 + 0.5 n with independent n, and answers by the posterior mean."""
 
-    config = SimpleNamespace(in_channels=4, cross_attention_dim=8)
+    config = SimpleNamespace(in_channels=4, out_channels=4, cross_attention_dim=8)
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -342,6 +342,21 @@ def test_probing_tells_perfect_networks_and_the_default_model() -> None:
     default = loading.load_model()
     told = find_prediction_type({}, {}, lambda: share_of_input(default.unet))
     assert told[0] == default.scheduler.prediction_type
+
+
+@pytest.mark.parametrize("channels", [(9, 4), (4, 8)], ids=["inpainting", "learned variance"])
+def test_networks_with_further_channels_are_probed_by_those_of_the_noise(channels: tuple[int, int]) -> None:
+    perfect, seen = Perfect("noise"), []
+
+    def network(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        seen.append(x)
+        return torch.cat([perfect(x[:, :4], t, context), torch.full_like(x[:, :4], 5.0)], dim=1)[:, : channels[1]]
+
+    config = SimpleNamespace(in_channels=channels[0], out_channels=channels[1], cross_attention_dim=8)
+    assert share_of_input(SimpleNamespace(config=config, float=lambda: network)) > 0.9  # type: ignore[arg-type]
+    mask, masked_picture = seen[0][:, 4:5], seen[0][:, 5:]
+    assert (mask == 1).all()
+    assert (masked_picture == 0).all()
 
 
 def test_a_file_that_says_nothing_is_probed(
