@@ -190,7 +190,10 @@ def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, 
     if path.suffix not in PICKLES:
         return read_safetensors(path)
     if not allow_pickle:
-        raise ValueError(f"{path} is a pickle, which can run code; --allow-pickle reads nothing but its tensors")
+        raise ValueError(
+            f"{path} is a pickle, which can run code; render and convert read nothing but its tensors if you add "
+            "--allow-pickle"
+        )
     return read_pickle(path), {}
 
 

@@ -419,7 +419,7 @@ def test_pickles_are_read_only_if_asked_for_and_never_run(files: dict[str, Path]
     for zipped in (True, False):
         file = tmp_path / "x.ckpt"
         torch.save({"state_dict": tensors, "global_step": 875000}, file, _use_new_zipfile_serialization=zipped)
-        assert "is a pickle, which can run code; --allow-pickle reads nothing but its tensors" in refusal(file)
+        assert "is a pickle, which can run code; render and convert read nothing but its tensors" in refusal(file)
         stored = loading.read_model(file, allow_pickle=True)
         assert stored.prediction_reason == "its global_step 875000"
         assert same_bits(dict(stored.weights["vae"].tensors), stored_weights(files["2"].with_suffix(""))["vae"])
