@@ -6,7 +6,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 Turn = Image.Transpose
-TURNS = {
+TURNS: dict[object, Turn] = {
     2: Turn.FLIP_LEFT_RIGHT,
     3: Turn.ROTATE_180,
     4: Turn.FLIP_TOP_BOTTOM,

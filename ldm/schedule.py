@@ -86,13 +86,15 @@ class ForwardProcess(ABC):
         alpha, sigma = self.coefficients(t, like=x0)
         return (alpha * x0 + sigma * eps).to(x0.dtype)
 
-    def _times_by_noise(self, n: int, spacing: Literal["karras", "exponential"], least_noisy: float) -> Tensor:
-        """n times from the noisiest down to `least_noisy`, spaced by sigma / alpha: float64 [n].
+    def _times_by_noise(
+        self, n: int, spacing: Literal["karras", "exponential"], noisiest: float, least_noisy: float
+    ) -> Tensor:
+        """n times from `noisiest` down to `least_noisy`, spaced by sigma / alpha: float64 [n].
 
         karras: evenly in its seventh root (Karras et al. 2022, eq. 5); exponential: evenly in its logarithm. Where the
-        SNR is zero at the noisiest time, the first is that of alpha^2 = 2^-24 instead.
+        SNR is zero at `noisiest`, the first is that of alpha^2 = 2^-24 instead.
         """
-        ends = torch.tensor([self.last, least_noisy], dtype=torch.float64)
+        ends = torch.tensor([noisiest, least_noisy], dtype=torch.float64)
         most, least = (-self.log_snr(ends) / 2).nan_to_num(posinf=math.log(1 / SMALLEST_SIGNAL - 1) / 2)
         ramp = torch.linspace(0, 1, n, dtype=torch.float64)
         if spacing == "karras":
@@ -101,7 +103,7 @@ class ForwardProcess(ABC):
             log_noise = torch.lerp(most, least, ramp)
         # Root and power may miss the ends by a last bit, and beyond them there may be no time.
         log_noise[-1], log_noise[0] = least, most
-        return self.time_at(-2 * log_noise).clamp(least_noisy, self.last)
+        return self.time_at(-2 * log_noise).clamp(least_noisy, noisiest)
 
 
 class NoiseSchedule(ForwardProcess):
@@ -247,7 +249,17 @@ class NoiseSchedule(ForwardProcess):
         next_to_noise = start + 2 * (-weight).log1p()
         return torch.where(start.isinf(), next_to_clean, torch.where(end.isinf(), next_to_noise, inside))
 
-    def timesteps(self, n: int, spacing: Spacing, offset: int = 0, end: float = -1) -> Tensor:
+    def timesteps(
+        self,
+        n: int,
+        spacing: Spacing,
+        offset: int = 0,
+        end: float = -1,
+        *,
+        spare: int = 0,
+        rounded: bool = True,
+        between: tuple[float, float] | None = None,
+    ) -> Tensor:
         """A time grid: n times to run the network at, then `end`; float64 [n + 1], strictly decreasing.
 
         "leading", "trailing" and "linspace" are those of Lin et al. 2023, table 2; "karras" (Karras et al. 2022, eq. 5)
@@ -256,26 +268,35 @@ class NoiseSchedule(ForwardProcess):
         `offset` shifts "leading" only, which alone stops short of T - 1. `end` is where sampling ends: -1 is clean, 0
         stands for diffusers' `set_alpha_to_one: false`.
 
+        Args:
+            spare: lay "leading" and "linspace" for n + spare times and leave the least noisy ones out.
+            rounded: whether the times of "linspace" are whole.
+            between: the first and the last of the n times of "karras" and "exponential", instead of T - 1 and 0.
+
         Raises:
-            ValueError: n < 1 or n > T, unknown spacing, a first time beyond T - 1, or an end that is below -1 or not
-                below the n times.
+            ValueError: n < 1 or n + spare > T, unknown spacing, a first time beyond T - 1, or an end that is below -1
+                or not below the n times.
         """
         last = self.steps - 1
-        if not 1 <= n <= self.steps:
-            raise ValueError(f"{n} steps asked of a schedule of {self.steps}: choose 1 to {self.steps}")
+        if not 1 <= n <= self.steps - spare:
+            raise ValueError(f"{n} steps asked of a schedule of {self.steps}: choose 1 to {self.steps - spare}")
+        times: list[float]
         match spacing:
             case "leading":
-                times = [index * (self.steps // n) + offset for index in range(n)]
+                times = [index * (self.steps // (n + spare)) + offset for index in range(spare, n + spare)]
             case "trailing":
                 # Not simply -T / n: this is the stride of numpy's arange, and times half-way between two integers are
                 # rounded as diffusers rounds them only with its last bits.
                 stride = (self.steps - self.steps / n) - self.steps
                 times = [round(self.steps + index * stride) - 1 for index in reversed(range(n))]
             case "linspace":
-                stride = last / max(n - 1, 1)
-                times = [round(index * stride) for index in range(n)]
+                stride = last / max(n + spare - 1, 1)
+                # The product may miss T - 1 by a last bit, and beyond it there is no time.
+                times = [min(index * stride, last) for index in range(spare, n + spare)]
+                if rounded:
+                    times = [round(time) for time in times]
             case "karras" | "exponential":
-                times = self._times_by_noise(n, spacing, least_noisy=0.0).flip(0).tolist()
+                times = self._times_by_noise(n, spacing, *(between or (last, 0))).flip(0).tolist()
             case _:
                 raise ValueError(f"spacing is {spacing!r}, but must be one of {', '.join(get_args(Spacing))}")
         if times[-1] > last:
@@ -353,7 +374,7 @@ class VPSDE(ForwardProcess):
             case "linspace":
                 times = torch.linspace(1, least_noisy, n, dtype=torch.float64)
             case "karras" | "exponential":
-                times = self._times_by_noise(n, spacing, least_noisy)
+                times = self._times_by_noise(n, spacing, self.last, least_noisy)
             case _:
                 raise ValueError(f"spacing is {spacing!r}, but must be one of linspace, karras, exponential")
         return torch.cat([times, torch.zeros(1, dtype=torch.float64)])

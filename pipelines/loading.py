@@ -1,11 +1,13 @@
 """Models in memory: made from a Stable Diffusion folder or a single file with every fault named, saved as either."""
 
+import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -148,14 +150,23 @@ def load_model(
         known[config_name(CLASS_NAMES[type(module)][0])] = type(module.config)
     for name, fields in known.items():
         name_unknown_keys(stored.source / name, stored.configs.get(name, {}), fields)
+    corrected = {key: value for config in _corrections(stored).values() for key, value in config.items()}
+    if model.scheduler.timestep_spacing != "leading":
+        corrected.pop("steps_offset", None)  # it shifts no other grid
+    if corrected:
+        values = ", ".join(f"{key} {json.dumps(value)}" for key, value in corrected.items())
+        notice(f"{stored.source}: read as diffusers reads it, with {values}")
     if stored.source.is_file():
         notice(f"{stored.source}: prediction type {model.scheduler.prediction_type} ({stored.prediction_reason})")
     return model
 
 
 def build_model(stored: StoredModel) -> Model:
-    """The model that was read. Raises ValueError, one line, naming the file."""
-    source, configs = stored.source, stored.configs
+    """The model that was read, with `_corrections`. Raises ValueError, one line, naming the file."""
+    corrections = _corrections(stored)
+    configs = {name: {**config, **corrections.get(name, {})} for name, config in stored.configs.items()}
+    stored = replace(stored, configs=configs)
+    source = stored.source
     model = Model(
         unet=build_part(stored, "unet", UNet.from_diffusers_config),
         autoencoder=build_part(stored, "vae", _make_autoencoder),
@@ -221,12 +232,13 @@ def write_model(place: Path, stored: StoredModel, dtype: torch.dtype | None) -> 
 @contextmanager
 def new_model_at(destination: Path) -> Iterator[Path]:
     """A free name beside `destination` to write a model to. If the block ends well, what is there is flushed to disk
-    and takes the destination's place, and if it does not, nothing has changed.
+    and takes the destination's place, and if it does not, nothing has changed. A link stays, and what it points to is
+    replaced.
 
     Raises:
         ValueError: the place is taken by something that is no model, or named like a pickle.
     """
-    target = destination.absolute()
+    target = destination.resolve()
     if target.suffix in PICKLES:
         raise ValueError(f"{target} would be a pickle; name a folder or a file that ends in {SUFFIX}")
     if target.exists() and not _may_replace(target):
@@ -253,6 +265,30 @@ def save_part(folder: str | os.PathLike[str], module: Part, dtype: torch.dtype |
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", stock_config(name, module.config))
     write_weights(folder / f"{WEIGHTS_STEM[part]}{SUFFIX}", module.state_dict(), dtype)
+
+
+def _corrections(stored: StoredModel) -> dict[str, dict[str, Any]]:
+    """What diffusers' Stable Diffusion pipelines put in the place of what early folders say: keys by config.
+
+    Their inpainting pipeline mends `skip_prk_steps`, the others `clip_sample`. A model of pixels is none of theirs.
+    """
+    scheduler, unet = stored.configs[SCHEDULER], stored.config("unet")
+    if stored.config("vae").get("_class_name") == CLASS_NAMES[IdentityAutoencoder][1]:
+        return {}
+    changes: dict[str, dict[str, Any]] = {SCHEDULER: {}, config_name("unet"): {}}
+    offset = scheduler.get("steps_offset", 0)
+    if isinstance(offset, int) and offset != 1:
+        changes[SCHEDULER]["steps_offset"] = 1
+    if "Inpaint" not in str(stored.configs[INDEX].get("_class_name")):
+        if scheduler.get("clip_sample") is True:
+            changes[SCHEDULER]["clip_sample"] = False
+    elif scheduler.get("_class_name") == "PNDMScheduler" and scheduler.get("skip_prk_steps", False) is False:
+        changes[SCHEDULER]["skip_prk_steps"] = True
+    version = re.match(r"(\d+)\.(\d+)", str(unet.get("_diffusers_version")))
+    size = unet.get("sample_size")
+    if version and (int(version[1]), int(version[2])) < (0, 9) and isinstance(size, int) and size < 64:
+        changes[config_name("unet")]["sample_size"] = 64
+    return changes
 
 
 def _make_autoencoder(config: Mapping[str, Any]) -> AnyAutoencoder:

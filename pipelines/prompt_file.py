@@ -11,7 +11,7 @@ processes, so that a run that was interrupted and resumed writes the same pictur
 import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -130,7 +130,7 @@ def _read_object(line: str) -> dict[str, Any] | None:
         raise ValueError(f"no valid JSON, {error.msg} at column {error.colno}; write {EXAMPLE}") from None
     except RecursionError:
         raise ValueError(f"no valid JSON, nested too deep; write {EXAMPLE}") from None
-    if not isinstance(content, dict) or "prompt" not in content:
+    if not isinstance(content, dict) or content.get("prompt") is None:
         raise ValueError(f"no object with a prompt; write {EXAMPLE}")
     if unknown := sorted(content.keys() - Options.model_fields.keys()):
         raise ValueError(f"key {unknown[0]!r} is unknown; there are {', '.join(Options.model_fields)}")
@@ -193,7 +193,7 @@ def plan(pipe: TextToImagePipeline, prompts: Sequence[Prompt]) -> list[list[Pict
     Raises:
         ValueError: one line that names the line of the file and what is wrong there.
     """
-    opened = cache(open_init)
+    opened = lru_cache(maxsize=1)(open_init)  # neighbours often share a picture; all at once may not fit in memory
     alike: dict[Hashable, list[Picture]] = {}
     for prompt in prompts:
         options = prompt.options
@@ -232,7 +232,7 @@ def render_prompts(
     size = BATCH
     for batch in plan(pipe, prompts)[index::number]:
         records = make_records(pipe, *_together(batch))
-        there = {one for one, record in zip(batch, records, strict=True) if _is_there(folder / one.name, record)}
+        there = {one for one, record in zip(batch, records, strict=True) if _is_there(pipe, folder / one.name, record)}
         yield from (Done(folder / one.name, one.seed, rendered=False) for one in batch if one in there)
         start = 0
         while start < len(batch):
@@ -280,11 +280,11 @@ def _count_chunks(pipe: TextToImagePipeline, request: Request) -> int:
     return max(len(read(pipe.tokenizer, text).chunks) for text in (*request.prompts, *request.negatives))
 
 
-def _is_there(path: Path, record: Record) -> bool:
+def _is_there(pipe: TextToImagePipeline, path: Path, record: Record) -> bool:
     if not path.exists():
         return False
     try:
-        changes = Record.read(path).changes(record)
+        changes = Record.read(path).completed(pipe).changes(record)
     except ValueError as error:
         notice(f"{error}; it is rendered anew")
         return False

@@ -16,7 +16,7 @@ from torch import Generator
 from pipelines import __version__
 from pipelines.image_to_image import open_init
 from pipelines.json_files import naming_file
-from pipelines.loading import DEFAULT_MODEL, weight_files
+from pipelines.loading import DEFAULT_MODEL, find_model, weight_files
 from pipelines.png import read_record, weights_sha256
 from pipelines.request import MAX_SEED, OPTIONS, Request
 from pipelines.runtime import pick_device
@@ -42,8 +42,9 @@ class WeightedSource(Source):
 class Record(BaseModel, frozen=True, extra="ignore"):
     """All that a picture depends on, as its PNG file holds it in JSON.
 
-    `sha256` is that of the model's weights. `batch` is how many pictures went through the networks together: a kernel's
-    rounding may depend on it.
+    `sha256` is that of the model's weights files, `configs_sha256` that of the rest of the model
+    (`TextToImagePipeline.configs_sha256`). `batch` is how many pictures went through the networks together: a kernel's
+    rounding may depend on it. Earlier versions left `spacing`, `prediction`, `ema` and `configs_sha256` at None.
     """
 
     prompt: str
@@ -69,7 +70,9 @@ class Record(BaseModel, frozen=True, extra="ignore"):
     loras: tuple[WeightedSource, ...] = ()
     model: str
     sha256: str
+    configs_sha256: str | None = None
     prediction: str | None = None
+    ema: bool | None = None
     dtype: str
     device: str
     batch: int = Field(default=1, ge=1)
@@ -84,6 +87,11 @@ class Record(BaseModel, frozen=True, extra="ignore"):
     def request(self) -> Request:
         """What to ask of a pipeline. Raises ValueError for what no pipeline can do."""
         return Request((self.prompt,), (self.negative,), **{name: getattr(self, name) for name in OPTIONS})
+
+    def completed(self, pipe: TextToImagePipeline) -> "Record":
+        """The same, with what an earlier version did not record taken from the pipeline."""
+        own = _reading(pipe)
+        return self.model_copy(update={name: own[name] for name in own if getattr(self, name) is None})
 
     def changes(self, now: "Record") -> dict[str, tuple[Any, Any]]:
         """What differs, by field, as (before, now); not the model's name, nor what was rendered beside the picture."""
@@ -107,13 +115,13 @@ def make_records(
     assert source is not None
     count = len(request.prompts)
     shared = {
+        **_reading(pipe),
         **request.options,
-        "init": None if init is None else Source(_digest(init), Path(init).name),
-        "mask": None if mask is None else Source(_digest(mask), Path(mask).name),
-        "loras": tuple(WeightedSource(_digest(lora.path), lora.path.name, weight) for lora, weight in pipe.loras),
-        "model": "default" if source == DEFAULT_MODEL else source.resolve().name,
+        "init": None if init is None else Source(_digest(init), _name(init)),
+        "mask": None if mask is None else Source(_digest(mask), _name(mask)),
+        "loras": tuple(WeightedSource(_digest(lora.path), _name(lora.path), weight) for lora, weight in pipe.loras),
+        "model": "default" if source == DEFAULT_MODEL else _name(source.resolve()),
         "sha256": weights_sha256(weight_files(source)),
-        "prediction": pipe.model.scheduler.prediction_type,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe.device.type,
         "versions": {"ldm": __version__, "torch": str(torch.__version__)},
@@ -131,6 +139,16 @@ def make_records(
         )
         for index, (prompt, negative, seed) in enumerate(pictures)
     ]
+
+
+def _reading(pipe: TextToImagePipeline) -> dict[str, Any]:
+    """How the pipeline reads its model's weights, by the names of `Record`; `spacing` where a request does not say."""
+    return {
+        "spacing": pipe.own_spacing,
+        "configs_sha256": pipe.configs_sha256,
+        "prediction": pipe.model.scheduler.prediction_type,
+        "ema": pipe.ema,
+    }
 
 
 def render(
@@ -185,7 +203,7 @@ class Replayed:
 
 def told(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
     """A line for each of `Record.changes`."""
-    names = {"sha256": "sha256 of the weights"}
+    names = {"sha256": "sha256 of the weights", "configs_sha256": "sha256 of the configs and the tokenizer"}
     return [f"{names.get(name, name)} was {before}, now {now}" for name, (before, now) in changes.items()]
 
 
@@ -211,7 +229,8 @@ def replay(
         init, mask, loras: the files that the picture was made with, if it was; the LoRAs' weights are in the record.
         device: None is the record's, or the best here if there is none such.
         dtype: None is the record's.
-        prediction, ema, allow_pickle: how to read the model, as `pipelines.loading.load_model` does.
+        prediction, ema, allow_pickle: how to read the model, as `pipelines.loading.load_model` does. Where the model's
+            weights are the record's, None and False are the record's too.
 
     Raises:
         ValueError: one line; the file is no picture with a whole record, it was resized since, or files that it was
@@ -227,10 +246,15 @@ def replay(
     _check_given(path, "init", [] if before.init is None else [before.init], [] if init is None else [init])
     _check_given(path, "mask", [] if before.mask is None else [before.mask], [] if mask is None else [mask])
     _check_given(path, "lora", before.loras, loras)
-    request = naming_file(path, before.request)
+    naming_file(path, before.request)  # what is wrong with it is told before a big model is read
+    source = find_model(model)
+    if weights_sha256(weight_files(source)) == before.sha256:  # another model may predict otherwise, or have no average
+        prediction, ema = prediction or before.prediction, ema or bool(before.ema)
     pipe = TextToImagePipeline.from_pretrained(
-        model, device or _device_like(before.device), dtype or before.dtype, prediction, ema, allow_pickle
+        source, device or _device_like(before.device), dtype or before.dtype, prediction, ema, allow_pickle
     )
+    before = before.completed(pipe)
+    request = before.request()
     pipe.load_loras([(file, lora.weight) for file, lora in zip(loras, before.loras, strict=True)])
     # Copies of the picture instead of its former neighbours: its own rounding depends on its place, not on what they
     # show. The record does not have the place, so the nearest copy counts.
@@ -260,6 +284,11 @@ def _device_like(name: str) -> torch.device:
         return pick_device(name)
     except ValueError:
         return pick_device(None)
+
+
+def _name(path: FilePath) -> str:
+    """A file's name for a record, which is UTF-8; a name on disk may be any bytes."""
+    return Path(path).name.encode("utf-8", "replace").decode()
 
 
 def _digest(path: FilePath) -> str:

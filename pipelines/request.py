@@ -24,7 +24,7 @@ class Request:
     """A checked request; `prompts` and `negatives` have one entry per picture, `height` and `width` are pixels.
 
     `strength` is the part of the steps that is made, with an image to start from; None without one. `spacing` None is
-    the model's own time grid. The last three are shortcuts that change the picture.
+    the model's own time grid, which a pipeline names. The last three are shortcuts that change the picture.
 
     Raises:
         ValueError: one line that names the argument, its value and what is allowed.
@@ -89,6 +89,13 @@ class Request:
         """Raises ValueError unless 1 <= steps <= `most`."""
         if not 1 <= self.steps <= most:
             raise ValueError(f"steps is {self.steps}; give a number from 1 to {most}")
+
+    def check_clip_skip(self, layers: int) -> None:
+        """Raises ValueError unless of the text encoder's layers at least one is left."""
+        if not 0 <= self.clip_skip < layers:
+            raise ValueError(
+                f"clip_skip is {self.clip_skip}; this text encoder has {layers} layers: give 0 to {layers - 1}"
+            )
 
     def check_size(self, multiple: int) -> None:
         """Raises ValueError unless both sides are multiples of `multiple` and not absurd."""

@@ -1,5 +1,7 @@
 """`scheduler/scheduler_config.json`: the forward process and the time grid that a folder was made for."""
 
+import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -27,7 +29,36 @@ CLIPPING_CLASSES = ("DDIMScheduler", "DDPMScheduler", "")
 ENDS_AT_ZERO = ("ddim", "diffusers:PNDMScheduler")
 """The samplers that know `set_alpha_to_one: false`."""
 BY_NOISE: tuple[Spacing, ...] = ("karras", "exponential")
-"""Spacings of the noise level, which reach time 0 themselves."""
+"""Spacings of the noise level."""
+LIKE_EULER = (
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "diffusers:EulerDiscreteScheduler",
+    "diffusers:EulerAncestralDiscreteScheduler",
+    "diffusers:HeunDiscreteScheduler",
+    "diffusers:LMSDiscreteScheduler",
+    "diffusers:KDPM2DiscreteScheduler",
+    "diffusers:KDPM2AncestralDiscreteScheduler",
+)
+"""The samplers whose linspace is not rounded, and whose karras and exponential stay within `timestep_spacing`."""
+LIKE_DPM_SOLVER = (
+    "dpm++",
+    "dpm++sde",
+    "diffusers:DPMSolverMultistepScheduler",
+    "diffusers:DPMSolverSinglestepScheduler",
+    "diffusers:DEISMultistepScheduler",
+    "diffusers:UniPCMultistepScheduler",
+)
+"""The samplers whose leading and linspace are those of one step more, of which they leave out the last."""
+PASSED_OVER = {
+    "DPMSolverSinglestepScheduler": ("timestep_spacing",),
+    **dict.fromkeys(
+        ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerAncestralDiscreteScheduler"),
+        ("use_karras_sigmas", "use_exponential_sigmas"),
+    ),
+}
+"""What a class has no such setting for; a file keeps it from the scheduler that its own was made from."""
 SOLVERS: dict[str, tuple[Any, ...]] = {
     "solver_order": (2,),
     "solver_type": ("midpoint", "bh2", "logrho"),
@@ -35,6 +66,13 @@ SOLVERS: dict[str, tuple[Any, ...]] = {
     "predict_x0": (True,),
 }
 """The defaults of diffusers' solvers, with which they are driven."""
+NEUTRAL: tuple[tuple[str, str, Any], ...] = (
+    ("DPMSolverMultistepScheduler", "lambda_min_clipped", -math.inf),
+    ("DPMSolverSinglestepScheduler", "lambda_min_clipped", -math.inf),
+    ("UniPCMultistepScheduler", "disable_corrector", []),
+    ("PNDMScheduler", "skip_prk_steps", True),
+)
+"""Of a class, a setting and the only value of it that is supported."""
 SCHEDULES: dict[str, ScheduleKind] = {
     "linear": "linear",
     "scaled_linear": "scaled_linear",
@@ -113,6 +151,9 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore", validate_by_name=T
             for name, known in SOLVERS.items():
                 if (value := getattr(self, name)) not in (None, *known):
                     raise ValueError(f"{name} {value!r} of {self.class_name} is not supported; null is its default")
+        for name, key, neutral in NEUTRAL:
+            if self.class_name == name and (value := getattr(self, key)) not in (None, neutral):
+                raise ValueError(f"{key} {value!r} of {name} is not supported; write {json.dumps(neutral)}")
         return self
 
     @classmethod
@@ -126,8 +167,10 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore", validate_by_name=T
         own_defaults = {
             "timestep_spacing": "leading" if name in LEADING_CLASSES else "linspace",
             "set_alpha_to_one": name != "PNDMScheduler",
+            "skip_prk_steps": False if name == "PNDMScheduler" else None,
         }
-        return cls.model_validate({**own_defaults, **config})
+        known = {key: value for key, value in config.items() if key not in PASSED_OVER.get(name, ())}
+        return cls.model_validate({**own_defaults, **known})
 
     @property
     def learns_variance(self) -> bool:
@@ -161,7 +204,7 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore", validate_by_name=T
 
     @property
     def spacing(self) -> Spacing:
-        """That of the time grid. With karras or exponential sigmas, diffusers leaves `timestep_spacing` unused."""
+        """That of the time grid; with karras, `timestep_spacing` may still give its ends, as `time_grid` says."""
         if self.use_karras_sigmas:
             return "karras"
         return "exponential" if self.use_exponential_sigmas else self.timestep_spacing
@@ -182,13 +225,30 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore", validate_by_name=T
     def time_grid(self, schedule: NoiseSchedule, steps: int, sampler: str, spacing: Spacing | None = None) -> Tensor:
         """The times that `sampler` visits in `steps` steps; float64, decreasing, the last where sampling ends.
 
-        Spacing None is the scheduler's own.
+        Spacing None is the scheduler's own. Each sampler has the grid that its class in diffusers lays with this
+        scheduler's `timestep_spacing` and `steps_offset`, whatever class the folder names: so a sampler that is asked
+        for renders as with diffusers' `from_config`, and the folder's own as in its pipeline. A spacing that is asked
+        for goes before `timestep_spacing`; but karras or exponential, as there, is an option beside it. With
+        DPM-Solver, UniPC and DEIS these two go from the noisiest time to 0, and so with samplers that have no such
+        option (ddim, ddpm, ode). With Euler, Heun, LMS and KDPM2 they go from the first to the last time of the grid
+        of `timestep_spacing`, and euler_ancestral, which has no such option either, follows euler.
 
         Raises:
             ValueError: more steps than the schedule and the offset allow.
         """
         spacing = spacing or self.spacing
-        grid = schedule.timesteps(steps, spacing, self.steps_offset)
+        between = None
+        if sampler in LIKE_EULER and spacing in BY_NOISE:
+            plain = self.time_grid(schedule, steps, sampler, self.timestep_spacing)
+            between = plain[0].item(), plain[-2].item()
+        grid = schedule.timesteps(
+            steps,
+            spacing,
+            self.steps_offset,
+            spare=1 if sampler in LIKE_DPM_SOLVER and spacing in ("leading", "linspace") else 0,
+            rounded=sampler not in LIKE_EULER,
+            between=between,
+        )
         if self.set_alpha_to_one or sampler not in ENDS_AT_ZERO or spacing in BY_NOISE:
             return grid
         # the last step goes to time 0, and is no step at all from there

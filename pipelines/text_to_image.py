@@ -1,13 +1,16 @@
 """A prompt becomes a picture: prompt -> context -> latents -> images; another picture may be where it starts."""
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from PIL import Image
+from pydantic import BaseModel
 from torch import Generator, Tensor
 
 from autoencoder.tiling import decode_tiled
@@ -36,6 +39,8 @@ BATCH = 8  # pictures that go through the networks at once; bounds memory, and c
 TILE, OVERLAP = 64, 16  # latents
 OUTPUT_TYPES = ("pil", "pt", "latent")
 FAR = 1.5  # a side this many times the model's own, or its inverse, is worth a notice
+TOLD_APART = {"prediction_type", "class_name", "use_karras_sigmas", "use_exponential_sigmas"}
+"""Of a scheduler's config, what a picture's record tells as its prediction, sampler and spacing."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ class TextToImagePipeline:
         if self.device.type == "cpu":
             fit_threads_to_quota()
             keep_freed_memory()
+        self.ema = False
+        """Whether the U-Net's weights are a single file's moving average."""
         self.compiled = compile
         if compile:
             compile_in_place(self.unet, self.device)
@@ -102,7 +109,9 @@ class TextToImagePipeline:
             ValueError: one line that names the file, device or dtype and what is wrong with it.
         """
         device = pick_device(device)  # before the weights are read, which may take long
-        return cls(load_model(source, prediction, ema, allow_pickle), device, pick_dtype(dtype, device), compile)
+        pipe = cls(load_model(source, prediction, ema, allow_pickle), device, pick_dtype(dtype, device), compile)
+        pipe.ema = ema
+        return pipe
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Writes a Stable Diffusion folder that diffusers loads too; `dtype` None keeps the pipeline's own.
@@ -239,11 +248,7 @@ class TextToImagePipeline:
         """Renders a request of `self.request`, as a call does, with the same other arguments and errors."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r} is unknown; there are {', '.join(OUTPUT_TYPES)}")
-        self._check(request)
-        if self.compiled and (request.reuse > 1 or request.merge_tokens > 0 or request.tiled):
-            raise ValueError("reuse, merge tokens and tiled do not go with compile; leave out one or the other")
-        if self.inpaints and (init is None or init.mask is None):
-            raise ValueError("this is an inpainting model; give an image and a mask, white where to paint")
+        self.check(request, init)
         grid = self._time_grid(request)
         generators, seeds = self._generators(len(request.prompts), seed, generator, latents is not None)
         start = self._start(request, init, grid[0], generators, latents)
@@ -266,6 +271,7 @@ class TextToImagePipeline:
         sampler: str | None = None,
         height: int | None = None,
         width: int | None = None,
+        spacing: Spacing | None = None,
         **others: Any,
     ) -> Request:
         """What is asked for, checked, with the model's own defaults for what is None; `others` are `Request`'s fields.
@@ -283,14 +289,22 @@ class TextToImagePipeline:
             height=own_height if height is None else height,
             width=own_width if width is None else width,
             strength=None if init is None else init.strength,
+            spacing=self.own_spacing if spacing is None else spacing,
             **others,
         )
-        self._check(request)
+        self.check(request, init)
         return request
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request, init: InitImage | None) -> None:
+        """Raises ValueError, one line, for what this pipeline cannot render, as far as that needs no computing."""
         request.check_steps(self.schedule.steps)
         request.check_size(self.multiple)
+        request.check_clip_skip(self.text_encoder.config.num_hidden_layers)
+        if self.compiled and (request.reuse > 1 or request.merge_tokens > 0 or request.tiled):
+            raise ValueError("reuse, merge tokens and tiled do not go with compile; leave out one or the other")
+        if self.inpaints and (init is None or init.mask is None):
+            raise ValueError("this is an inpainting model; give an image and a mask, white where to paint")
+        self._time_grid(request)
 
     @property
     def multiple(self) -> int:
@@ -303,13 +317,37 @@ class TextToImagePipeline:
         return self.model.own_size
 
     @property
+    def own_spacing(self) -> Spacing:
+        """How the model spaces the steps' times, unless a request says otherwise."""
+        return self.settings.spacing or self.model.scheduler.spacing
+
+    @cached_property
+    def configs_sha256(self) -> str:
+        """One digest of what the configs of all parts say, but for `TOLD_APART`, and of the tokenizer's files.
+
+        Raises:
+            OSError: a file of the tokenizer is there no more.
+        """
+        # Without the defaults, so that what a later version adds to a config changes no digest.
+        dump = partial(BaseModel.model_dump, mode="json", exclude_defaults=True)
+        files = [file for file in self.model.tokenizer_folder.iterdir() if file.suffix in (".json", ".txt")]
+        said = {
+            "unet": dump(self.unet.config),
+            "vae": dump(self.autoencoder.config),
+            "text_encoder": dump(self.text_encoder.config),
+            "scheduler": dump(self.model.scheduler, exclude=TOLD_APART),
+            "tokenizer": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
+        }
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    @property
     def inpaints(self) -> bool:
         """Whether the network is told a mask and a masked image beside the latents."""
         return self.unet.config.in_channels == 2 * self.autoencoder.config.latent_channels + 1
 
     def _time_grid(self, request: Request) -> Tensor:
         """The times of the steps that are made, and where the last of them ends."""
-        spacing = request.spacing or self.settings.spacing
+        spacing = request.spacing or self.own_spacing
         times = self.model.scheduler.time_grid(self.schedule, request.steps, request.sampler, spacing)
         grid = times[request.first_step :]
         if request.strength is not None and len(grid) < 2:

@@ -22,7 +22,10 @@ def parse_config(config_class: type[Config], description: str, arguments: list[s
     parser = Parser(description=description)
     parser.add_argument("--config", action="config", help="YAML file; later arguments, another file too, override it")
     parser.add_class_arguments(config_class, as_group=False)
-    said = parser.parse_args(arguments, defaults=False)  # what is not said is for the class to settle
+    try:
+        said = parser.parse_args(arguments, defaults=False)  # what is not said is for the class to settle
+    except UnicodeDecodeError as error:
+        return parser.error(f"--config names a file that is not UTF-8 text ({error}): save it as UTF-8")
     said.pop("config", None)
     try:
         return config_class.model_validate(said.as_dict())

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from ldm.schedule import VPSDE, NoiseSchedule
@@ -203,6 +203,27 @@ def test_grids_are_those_of_diffusers(spacing, offset, steps):
         assert (grid.diff() < 0).all()
 
 
+@pytest.mark.parametrize("steps", [1000, 50])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_grids_with_a_spare_time_are_those_of_dpm_solver(spacing, offset, steps):
+    schedule = NoiseSchedule("linear", steps=steps)
+    reference = DPMSolverMultistepScheduler(num_train_timesteps=steps, timestep_spacing=spacing, steps_offset=offset)
+    for n in range(1, steps):
+        if spacing == "leading" and n * (steps // (n + 1)) + offset >= steps:
+            continue  # diffusers gives a time that its own tables do not have
+        reference.set_timesteps(n)
+        assert schedule.timesteps(n, spacing, offset, spare=1).tolist() == [*reference.timesteps.tolist(), -1]
+
+
+def test_linspace_without_rounding_is_that_of_euler():
+    schedule, reference = NoiseSchedule("linear"), EulerDiscreteScheduler(timestep_spacing="linspace")
+    for n in range(1, 1001):
+        reference.set_timesteps(n)
+        grid = schedule.timesteps(n, "linspace", rounded=False)
+        assert_close(grid[:-1].float(), reference.timesteps, rtol=1e-6)
+
+
 def test_a_grid_may_end_at_the_first_noisy_time():
     assert NoiseSchedule("linear").timesteps(4, "leading", offset=1, end=0).tolist() == [751, 501, 251, 1, 0]
 
@@ -253,6 +274,7 @@ def test_times_out_of_range_are_refused(t):
     [
         ({"n": 0, "spacing": "leading"}, "choose 1 to 1000"),
         ({"n": 1001, "spacing": "trailing"}, "choose 1 to 1000"),
+        ({"n": 1000, "spacing": "linspace", "spare": 1}, "choose 1 to 999"),
         (
             {"n": 10, "spacing": "lognormal"},
             "spacing is 'lognormal', but must be one of leading, trailing, linspace, karras, exponential$",
@@ -361,6 +383,16 @@ def test_grids_spaced_by_noise_follow_their_formula(spacing, zero_terminal_snr, 
         assert schedule.at(grid[0])[0].item() ** 2 == pytest.approx(2**-24, rel=1e-10)
     else:
         assert grid[0] == 999
+
+
+@pytest.mark.parametrize("n", [1, 2, 20])
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
+def test_grids_spaced_by_noise_between_two_times(spacing, n):
+    schedule = NoiseSchedule("scaled_linear")
+    grid = schedule.timesteps(n, spacing, between=(951.0, 0.5))
+    most, least = noise_level(schedule, exact([951, 0.5])).tolist()
+    assert_close(noise_level(schedule, grid[:-1]), expected_levels(spacing, most, least, n), rtol=1e-10)
+    assert grid[0].item() == pytest.approx(951, abs=1e-9)
 
 
 @pytest.mark.parametrize("spacing", ["karras", "exponential"])

@@ -93,3 +93,14 @@ def test_bad_file_is_one_line(tmp_path: Path, text: str, capsys: pytest.CaptureF
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_a_file_in_another_encoding_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "latin.yaml").write_bytes("loop:\n  out: café\n".encode("latin-1"))
+    with pytest.raises(SystemExit) as stopped:
+        parse("--config", str(tmp_path / "latin.yaml"))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --config names a file that is not UTF-8 text")
+    assert error.endswith("save it as UTF-8\n")
+    assert error.count("\n") == 1

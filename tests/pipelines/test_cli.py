@@ -83,7 +83,7 @@ def test_the_record_says_how_the_picture_was_made(run: Run, model_folder: Path) 
     assert line.pop("pictures") == [{"path": "x.png", "seed": 0}]
     assert line.pop("seconds") > 0
     assert {**line, "seed": 0} == record
-    assert len(record.pop("sha256")) == 64
+    assert len(record.pop("sha256")) == len(record.pop("configs_sha256")) == 64
     assert record == {
         "prompt": "a house",
         "negative": "blue",
@@ -98,7 +98,7 @@ def test_the_record_says_how_the_picture_was_made(run: Run, model_folder: Path) 
         "syntax": "plain",
         "clip_skip": 0,
         "tiled": False,
-        "spacing": None,
+        "spacing": "leading",
         "guidance_interval": None,
         "reuse": 1,
         "merge_tokens": 0.0,
@@ -108,6 +108,7 @@ def test_the_record_says_how_the_picture_was_made(run: Run, model_folder: Path) 
         "loras": [],
         "model": "tiny",
         "prediction": "epsilon",
+        "ema": False,
         "batch": 1,
         "dtype": "float32",
         "device": "cpu",

@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import pickle
@@ -16,6 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from autoencoder import IdentityAutoencoder, IdentityAutoencoderConfig
+from ldm.schedule import Spacing
 from pipelines import TextToImagePipeline, json_files, loading
 from pipelines.scheduler_config import SchedulerConfig
 from pipelines.settings import Settings, words_in
@@ -351,11 +354,24 @@ def test_a_model_of_the_hub_comes_from_the_cache_if_it_is_whole(folder: Path, mo
         assert any(fnmatch(file.relative_to(folder).as_posix(), pattern) for pattern in patterns)
 
 
-@pytest.mark.parametrize("in_cache", ["nothing", "half"])
-def test_a_model_of_the_hub_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch, in_cache: str) -> None:
-    half = folder.parent / "half"
-    shutil.copytree(folder / "unet", half / "unet")
-    asked = fake_hub(monkeypatch, half if in_cache == "half" else FileNotFoundError("not cached"), folder)
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "",
+        "model_index.json",
+        "scheduler",
+        "tokenizer",
+        "tokenizer/tokenizer_config.json",
+        "unet/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ],
+)
+def test_a_model_of_the_hub_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    part = folder.parent / "part"
+    shutil.copytree(folder, part)
+    target = part / missing
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    asked = fake_hub(monkeypatch, part if part.exists() else FileNotFoundError("not cached"), folder)
     assert loading.find_model("hub:owner/name") == folder
     assert [each.get("local_files_only", False) for each in asked] == [True, False]
 
@@ -510,6 +526,26 @@ def test_saving_replaces_a_model_and_nothing_else(folder: Path, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "photos", "tiny"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_a_model_stays_and_what_it_points_to_is_replaced(folder: Path, tmp_path: Path, there: bool) -> None:
+    model, link, target = loading.load_model(folder), tmp_path / "link", tmp_path / "elsewhere" / "target"
+    if there:
+        shutil.copytree(folder, target)
+        (target / "leftover").touch()
+    link.symlink_to(target)
+    loading.save_model(link, model)
+    assert link.readlink() == target
+    assert not (target / "leftover").exists()
+    assert loading.load_model(target).settings == model.settings
+    assert {path.name for path in (*tmp_path.iterdir(), *target.parent.iterdir())} <= {
+        "link",
+        "elsewhere",
+        "target",
+        "model",
+        folder.name,
+    }
+
+
 def test_a_single_file_is_replaced_whole_and_by_nothing_else(folder: Path, tmp_path: Path) -> None:
     model, file = loading.load_model(folder), tmp_path / "x.safetensors"
     file.write_bytes(b"former")
@@ -593,12 +629,14 @@ def test_the_config_of_every_stock_scheduler(name: str, kind: str) -> None:
     import diffusers
 
     extra = {"clip_sample": False} if name in ("DDIMScheduler", "DDPMScheduler") else {}
+    if name == "PNDMScheduler":
+        extra = {"skip_prk_steps": True}
     stock = getattr(diffusers, name)(beta_start=0.00085, beta_end=0.012, beta_schedule=kind, **extra)
     config = {**stock.config, "_class_name": name}
     made = SchedulerConfig.from_diffusers_config(config)
     assert not [key for key in config if not key.startswith("_") and key not in SchedulerConfig.model_fields]
     assert torch.allclose(made.make_schedule().alphas_cumprod.float(), stock.alphas_cumprod, atol=1e-6)
-    bare = SchedulerConfig.from_diffusers_config({"_class_name": name})
+    bare = SchedulerConfig.from_diffusers_config({"_class_name": name, **extra})
     spacing = stock.config.get("timestep_spacing", "linspace")
     assert made.timestep_spacing == bare.timestep_spacing == spacing
     assert bare.set_alpha_to_one == stock.config.get("set_alpha_to_one", True)
@@ -656,23 +694,228 @@ def test_a_solver_s_settings_are_not_dropped_in_silence(name: str, key: str, val
     assert SchedulerConfig.from_diffusers_config({"_class_name": "DDIMScheduler", key: value}).sampler == "ddim"
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value", "neutral", "written"),
+    [
+        ("DPMSolverMultistepScheduler", "lambda_min_clipped", -5.1, float("-inf"), "-Infinity"),
+        ("DPMSolverSinglestepScheduler", "lambda_min_clipped", -5.1, float("-inf"), "-Infinity"),
+        ("UniPCMultistepScheduler", "disable_corrector", [0], [], r"\[\]"),
+        ("PNDMScheduler", "skip_prk_steps", False, True, "true"),
+    ],
+)
+def test_a_class_s_own_settings_are_not_dropped_in_silence(
+    name: str, key: str, value: Any, neutral: Any, written: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"{key} \[?{value}.* of {name} is not supported; write {written}") as caught:
+        SchedulerConfig.from_diffusers_config({"_class_name": name, key: value})
+    assert repr(value) in str(caught.value)
+    for config in ({"_class_name": name, key: neutral}, {"_class_name": "HeunDiscreteScheduler", key: value}):
+        assert SchedulerConfig.from_diffusers_config(config).class_name == config["_class_name"]
+
+
+def test_runge_kutta_steps_are_what_a_missing_key_means() -> None:
+    with pytest.raises(ValueError, match="skip_prk_steps False of PNDMScheduler is not supported; write true"):
+        SchedulerConfig.from_diffusers_config({"_class_name": "PNDMScheduler"})
+
+
+@pytest.mark.parametrize(
+    ("name", "unknown"),
+    [
+        ("DDIMScheduler", {"use_karras_sigmas": True}),
+        ("PNDMScheduler", {"use_karras_sigmas": True}),
+        ("EulerAncestralDiscreteScheduler", {"use_exponential_sigmas": True}),
+        ("DPMSolverSinglestepScheduler", {"timestep_spacing": "leading"}),
+    ],
+)
+def test_a_setting_that_the_class_does_not_have_is_passed_over(name: str, unknown: dict[str, Any]) -> None:
+    """A file has it where the scheduler was made from another one's config."""
+    import diffusers
+
+    before = diffusers.DPMSolverMultistepScheduler(**{"timestep_spacing": "leading", "steps_offset": 1, **unknown})
+    stock = getattr(diffusers, name).from_config(before.config, skip_prk_steps=True, clip_sample=False)
+    assert stock.config[next(iter(unknown))] == next(iter(unknown.values()))
+    stock.set_timesteps(20)
+    config = SchedulerConfig.from_diffusers_config({**stock.config, "_class_name": name})
+    grid = config.time_grid(config.make_schedule(), 20, config.sampler)
+    assert grid[:20].tolist() == visited(stock.timesteps)
+
+
+def visited(values: torch.Tensor) -> list[float]:
+    """Each value of a decreasing sequence once, of which some schedulers repeat some."""
+    return [float(value) for value in values.double().unique().flip(0)]
+
+
+GRIDS = [*(name for name in SCHEDULERS if not name.startswith(("DDIM", "DDPM", "PNDM"))), "LMSDiscreteScheduler"]
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1, 20, 33])
+def test_the_time_grid_is_that_of_each_scheduler(name: str, spacing: str, steps: int) -> None:
+    import diffusers
+
+    offers = "timestep_spacing" in inspect.signature(getattr(diffusers, name)).parameters
+    stock = getattr(diffusers, name)(**{"timestep_spacing": spacing, "steps_offset": 1} if offers else {})
+    stock.set_timesteps(steps)
+    config = SchedulerConfig.from_diffusers_config({**stock.config, "_class_name": name})
+    grid = config.time_grid(config.make_schedule(), steps, config.sampler)
+    times = stock.timesteps[::2] if name.startswith("KDPM2") else stock.timesteps  # without those between two steps
+    assert grid.tolist() == pytest.approx([*visited(times), -1], rel=1e-6)
+    assert len(grid) == steps + 1
+
+
+@pytest.mark.parametrize("name", [name for name in GRIDS if name != "EulerAncestralDiscreteScheduler"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("by_noise", ["karras", "exponential"])
+def test_the_noise_levels_are_those_of_each_scheduler(name: str, spacing: str, by_noise: str) -> None:
+    import diffusers
+
+    known = inspect.signature(getattr(diffusers, name)).parameters
+    plain = {"timestep_spacing": spacing, "steps_offset": 1} if "timestep_spacing" in known else {}
+    stock = getattr(diffusers, name)(**plain, **{f"use_{by_noise}_sigmas": True})
+    stock.set_timesteps(20)
+    config = SchedulerConfig.from_diffusers_config({**stock.config, "_class_name": name})
+    schedule = config.make_schedule()
+    alpha, sigma = schedule.at(config.time_grid(schedule, 20, config.sampler)[:20])
+    levels = [level for level in visited(stock.sigmas) if level > 0]
+    assert (sigma / alpha).tolist() == pytest.approx(levels, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name", "asked"),
+    [
+        ("dpm++", "DPMSolverMultistepScheduler", {}),
+        ("dpm++sde", "DPMSolverMultistepScheduler", {"timestep_spacing": "linspace"}),
+        ("dpm++", "DPMSolverMultistepScheduler", {"use_exponential_sigmas": True}),
+        ("diffusers:UniPCMultistepScheduler", "UniPCMultistepScheduler", {}),
+        ("euler", "EulerDiscreteScheduler", {}),
+        ("euler", "EulerDiscreteScheduler", {"timestep_spacing": "linspace"}),
+        ("euler", "EulerDiscreteScheduler", {"use_exponential_sigmas": True}),
+        ("ddim", "DDIMScheduler", {"clip_sample": False}),
+    ],
+)
+def test_a_sampler_that_is_asked_for_has_the_grid_of_from_config(
+    sampler: str, name: str, asked: dict[str, Any]
+) -> None:
+    import diffusers
+
+    folder = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1, timestep_spacing="leading")
+    stock = getattr(diffusers, name).from_config(folder.config, **asked)
+    stock.set_timesteps(20)
+    config = SchedulerConfig.from_diffusers_config(folder.config)
+    spacing = "exponential" if "use_exponential_sigmas" in asked else asked.get("timestep_spacing")
+    grid = config.time_grid(config.make_schedule(), 20, sampler, spacing)
+    # DPM-Solver cuts times off to whole ones for the network, and keeps the noise levels
+    within = 1.01 if spacing == "exponential" and name.startswith("DPM") else 1e-3
+    assert torch.allclose(grid[:20], stock.timesteps.double(), rtol=1e-4, atol=within)
+
+
+@pytest.mark.parametrize("plain", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("spacing", ["karras", "exponential"])
-def test_the_time_grid_by_noise_is_that_of_euler(spacing: str) -> None:
+def test_the_time_grid_by_noise_is_that_of_euler(spacing: str, plain: str) -> None:
     from diffusers import EulerDiscreteScheduler
 
-    stock = EulerDiscreteScheduler(**{f"use_{spacing}_sigmas": True})
+    stock = EulerDiscreteScheduler(**{f"use_{spacing}_sigmas": True}, timestep_spacing=plain, steps_offset=1)
     stock.set_timesteps(10)
     config = SchedulerConfig.from_diffusers_config(stock.config)
     grid = config.time_grid(config.make_schedule(), 10, "euler")
     assert config.spacing == spacing
     assert torch.allclose(grid[:-1], stock.timesteps.double(), rtol=1e-3, atol=1e-3)
     assert grid[-1] == -1
+    without = config.model_copy(update={f"use_{spacing}_sigmas": False})
+    assert without.spacing == plain
+    assert torch.equal(without.time_grid(config.make_schedule(), 10, "euler", spacing), grid)
+
+
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
+def test_ddim_goes_to_time_0_by_noise_whatever_the_folder_s_spacing(spacing: Spacing) -> None:
+    config = SchedulerConfig(timestep_spacing="trailing")
+    grid = config.time_grid(config.make_schedule(), 10, "ddim", spacing)
+    assert torch.equal(grid, config.make_schedule().timesteps(10, spacing))
     # a folder that ends at time 0 has that time in such a grid already
     ends_at_zero = config.model_copy(update={"set_alpha_to_one": False})
-    assert torch.equal(ends_at_zero.time_grid(config.make_schedule(), 10, "ddim"), grid)
-    plain = config.model_copy(update={f"use_{spacing}_sigmas": False})
-    assert plain.spacing == "linspace"
-    assert torch.equal(plain.time_grid(config.make_schedule(), 10, "ddim", spacing), grid)
+    assert torch.equal(ends_at_zero.time_grid(config.make_schedule(), 10, "ddim", spacing), grid)
+
+
+MENDED = "read as diffusers reads it, with"
+EARLY = {"_diffusers_version": "0.8.0", "sample_size": 32}
+PLMS = {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
+
+
+@pytest.mark.filterwarnings("ignore:The configuration file of:FutureWarning")
+@pytest.mark.parametrize(
+    ("pipeline", "scheduler", "unet", "told"),
+    [
+        ("StableDiffusionPipeline", {}, {}, None),
+        ("StableDiffusionPipeline", {"steps_offset": 0}, {}, "steps_offset 1"),
+        ("StableDiffusionPipeline", {"steps_offset": 0, "timestep_spacing": "trailing"}, {}, None),
+        ("StableDiffusionPipeline", {"clip_sample": True}, {}, "clip_sample false"),
+        ("StableDiffusionPipeline", {}, EARLY, "sample_size 64"),
+        ("StableDiffusionPipeline", {}, {**EARLY, "_diffusers_version": "0.9.0.dev0"}, None),
+        ("StableDiffusionPipeline", {}, {**EARLY, "_diffusers_version": "0.8.1.dev0"}, "sample_size 64"),
+        ("StableDiffusionPipeline", {}, {**EARLY, "sample_size": 96}, None),
+        (
+            "StableDiffusionImg2ImgPipeline",
+            {"steps_offset": 2, "clip_sample": True},
+            EARLY,
+            "steps_offset 1, clip_sample false, sample_size 64",
+        ),
+        ("StableDiffusionPipeline", {**PLMS, "steps_offset": 0}, {}, "steps_offset 1"),
+        ("StableDiffusionPipeline", {**PLMS, "clip_sample": True}, {}, "clip_sample false"),
+        ("StableDiffusionInpaintPipeline", {**PLMS, "skip_prk_steps": False}, {}, "skip_prk_steps true"),
+        ("StableDiffusionInpaintPipeline", {"clip_sample": True}, {}, None),
+    ],
+)
+def test_early_folders_are_mended_as_in_diffusers(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    pipeline: str,
+    scheduler: dict[str, Any],
+    unet: dict[str, Any],
+    told: str | None,
+) -> None:
+    import diffusers
+
+    edit_json(folder / "scheduler/scheduler_config.json", **scheduler)
+    edit_json(folder / "unet/config.json", **unet)
+    name = scheduler.get("_class_name", "DDIMScheduler")
+    edit_json(folder / "model_index.json", _class_name=pipeline, scheduler=["diffusers", name])
+    stock = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    assert type(stock).__name__ == pipeline
+    capsys.readouterr()
+    model = loading.load_model(folder)
+    assert capsys.readouterr().err == ("" if told is None else f"notice: {folder}: {MENDED} {told}\n")
+    assert model.unet.config.sample_size == stock.unet.config.sample_size
+    assert model.scheduler.steps_offset == stock.scheduler.config.steps_offset
+    assert model.scheduler.clip_sample == stock.scheduler.config.get("clip_sample", False)
+    assert model.scheduler.skip_prk_steps in (None, stock.scheduler.config.get("skip_prk_steps"))
+
+
+def test_an_offset_that_is_no_number_is_not_mended(folder: Path) -> None:
+    edit_json(folder / "scheduler/scheduler_config.json", steps_offset="many")
+    assert "steps_offset is 'many'" in refusal(folder)
+
+
+def test_a_model_of_pixels_is_read_as_it_is_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = loading.load_model(folder)
+    autoencoder = IdentityAutoencoder(IdentityAutoencoderConfig(latent_channels=4))
+    scheduler = model.scheduler.model_copy(update={"clip_sample": True, "steps_offset": 0})
+    loading.save_model(tmp_path / "pixels", replace(model, autoencoder=autoencoder, scheduler=scheduler))
+    capsys.readouterr()
+    assert loading.load_model(tmp_path / "pixels").scheduler == scheduler
+    assert capsys.readouterr().err == ""
+
+
+def test_the_default_model_is_read_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    written = json.loads((loading.DEFAULT_MODEL / "scheduler/scheduler_config.json").read_text())
+    model = loading.load_model()
+    assert capsys.readouterr().err == ""
+    assert model.scheduler == SchedulerConfig.from_diffusers_config(written)
+    assert model.unet.config.sample_size == 16
+    grid = model.scheduler.time_grid(model.scheduler.make_schedule(), 20, "ddim")
+    assert grid.tolist() == [*range(999, 48, -50), -1]
 
 
 def test_words() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import torch
 from PIL import Image
 
 from pipelines import TextToImagePipeline, prompt_file
+from pipelines.image_to_image import InitImage, open_init
+from pipelines.png import read_record
 from pipelines.prompt_file import Done, device_of, open_folder, process_of, read_prompts, render_prompts
 from pipelines.replay import Record, replay
 from pipelines.request import Request
@@ -129,7 +132,7 @@ def test_a_line_may_differ_in_all_that_the_command_can_say(pipe: TextToImagePipe
     assert [record.negative for record in records] == ["ship", "blue", "blue", "ship", "ship", "ship", "ship", "ship"]
     default = {"steps": 2, "guidance": 7.5, "rescale": 0.0, "sampler": "ddim", "eta": 0.0, "width": 64, "height": 64}
     default |= {"syntax": "plain", "clip_skip": 0, "strength": None, "guidance_interval": None, "reuse": 1}
-    default |= {"spacing": None}
+    default |= {"spacing": "leading"}
     for record, line in zip(records, [lines[0], lines[1], *lines[1:]], strict=True):
         given = {name: line[name] for name in default.keys() & line.keys()}
         if "guidance_interval" in given:
@@ -189,11 +192,28 @@ def test_other_weights_render_anew_and_another_machine_does_not(pipe: TextToImag
         ({"sha256": "0"}, True),
         ({"prompt": "a house?"}, True),
         ({"dtype": "bfloat16"}, True),
+        ({"ema": True}, True),
+        ({"configs_sha256": "0"}, True),
+        ({"spacing": "trailing"}, True),
         ({"device": "cuda", "versions": {}, "model": "other", "batch": 7}, False),
     ):
         prompt_file.write_png(path, picture, record.model_copy(update=change).model_dump())
         (done,) = rendered(pipe, written("a house\n"), "out")
         assert done.rendered is anew, change
+
+
+def test_a_picture_of_an_earlier_version_is_skipped_unless_something_else_is_asked_for(
+    pipe: TextToImagePipeline, here: Path
+) -> None:
+    (done,) = rendered(pipe, written("a house\n"), "out")
+    record = read_record(done.path)
+    for name in ("spacing", "prediction", "ema", "configs_sha256"):
+        del record[name]
+    with Image.open(done.path) as picture:
+        prompt_file.write_png(done.path, picture, record)
+    assert [one.rendered for one in rendered(pipe, written("a house\n"), "out")] == [False]
+    assert [one.rendered for one in rendered(pipe, written("a house\n"), "out", spacing="leading")] == [False]
+    assert [one.rendered for one in rendered(pipe, written("a house\n"), "out", spacing="karras")] == [True]
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", None])
@@ -299,6 +319,7 @@ BAD_LINES: list[tuple[str, str]] = [
     ("[]", "no object with a prompt; write"),
     ('{"seed": 3}', "no object with a prompt; write"),
     ('{"prompt": "a", "step": 3}', "key 'step' is unknown; there are prompt, negative, seed"),
+    ('{"prompt": null}', "no object with a prompt; write"),
     ('{"prompt": 3}', "prompt is 3: input should be a valid string"),
     ('{"prompt": "a", "steps": "few"}', "steps is 'few': input should be a valid integer"),
     ('{"prompt": "a", "steps": true}', "steps is True: input should be a valid integer"),
@@ -313,6 +334,8 @@ BAD_LINES: list[tuple[str, str]] = [
     ('{"prompt": "[a|b]", "syntax": "weighted"}', "prompt editing"),
     ('{"prompt": "a", "init": "none.png"}', "image none.png is no readable picture"),
     ('{"prompt": "a", "strength": 0.5}', "there is no image to start from"),
+    ('{"prompt": "a", "init": "init.png", "strength": 0.1}', "strength 0.1 of 2 steps leaves none to make"),
+    ('{"prompt": "a", "clip_skip": 2}', "clip_skip is 2; this text encoder has 2 layers: give 0 to 1"),
 ]
 
 
@@ -320,11 +343,55 @@ BAD_LINES: list[tuple[str, str]] = [
 def test_a_fault_is_told_with_its_line_before_anything_is_rendered(
     pipe: TextToImagePipeline, batches: list[list[str]], line: str, fault: str
 ) -> None:
+    Image.new("RGB", (64, 64)).save("init.png")
     file = written(f'{{"prompt": "a house"}}\n\n{line}\n', "prompts.jsonl")
     with pytest.raises(ValueError, match=f"^{file}:3: ") as caught:
         rendered(pipe, file, "out")
     assert fault in str(caught.value)
     assert batches == []
+
+
+@pytest.mark.parametrize("option", [{"reuse": 2}, {"merge_tokens": 0.5}, {"tiled": True}])
+def test_what_does_not_go_with_compile_is_told_before_anything_is_rendered(
+    pipe: TextToImagePipeline, batches: list[list[str]], monkeypatch: pytest.MonkeyPatch, option: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(pipe, "compiled", True)
+    with pytest.raises(ValueError, match=r"^prompts\.jsonl:2: reuse, merge tokens and tiled do not go with compile"):
+        rendered(pipe, objects({"prompt": "a house"}, {"prompt": "a fish", **option}), "out")
+    assert batches == []
+
+
+def test_a_missing_mask_of_an_inpainting_model_is_told_before_anything_is_rendered(
+    pipe: TextToImagePipeline, batches: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TextToImagePipeline, "inpaints", True)
+    Image.new("RGB", (64, 64), "white").save("init.png")
+    both = {"prompt": "a house", "init": "init.png", "mask": "init.png"}
+    with pytest.raises(ValueError, match=r"^prompts\.jsonl:2: this is an inpainting model; give an image and a mask"):
+        rendered(pipe, objects(both, {"prompt": "a fish", "init": "init.png"}), "out")
+    assert batches == []
+
+
+def test_pictures_to_start_from_are_not_in_memory_all_at_once(
+    pipe: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[ref[InitImage]] = []
+    alive = []
+
+    def opened(*arguments: Any) -> InitImage | None:
+        init = open_init(*arguments)
+        assert init is not None
+        found.append(ref(init))
+        alive.append(sum(each() is not None for each in found))
+        return init
+
+    monkeypatch.setattr(prompt_file, "open_init", opened)
+    names = [f"{index}.png" for index in range(5)]
+    for name in names:
+        Image.new("RGB", (64, 64)).save(name)
+    prompts = read_prompts(objects(*({"prompt": "a", "init": name} for name in names for _ in "ab")), 0, FAST)
+    assert [len(batch) for batch in prompt_file.plan(pipe, prompts)] == [2] * 5
+    assert alive == [1, 2, 2, 2, 2]
 
 
 @pytest.mark.parametrize(

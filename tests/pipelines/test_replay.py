@@ -1,6 +1,8 @@
 """A picture is made again from what its file says."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipelines import TextToImagePipeline
+from pipelines.convert import convert
+from pipelines.key_map import UNET, ema_name
 from pipelines.png import read_record, write_png
 from pipelines.replay import Record, Source, make_records, replay
 
@@ -55,11 +60,16 @@ def rewritten(path: str, **change: Any) -> None:
         write_png(Path(path), picture, record)
 
 
+def edit_json(path: Path, **change: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
 def test_the_record_comes_back_whole(pipe: TextToImagePipeline) -> None:
     record = made(pipe, "x.png", seed=3, guidance_scale=2.5, num_images_per_prompt=2, index=1, clip_skip=1)
     assert Record.read(Path("x.png")) == record
     assert (record.prompt, record.negative, record.seed, record.batch) == ("a red house", "blue", 4, 2)
     assert (record.guidance, record.clip_skip, record.model, record.dtype) == (2.5, 1, "tiny", "float32")
+    assert (record.prediction, record.ema, record.spacing) == ("epsilon", False, "leading")
     assert record.changes(record) == {}
 
 
@@ -94,9 +104,14 @@ def test_a_record_of_an_earlier_version_is_understood(pipe: TextToImagePipeline,
     record = made(pipe, "x.png").model_dump()
     for name in ("syntax", "clip_skip", "strength", "init", "mask", "loras", "batch", "prediction", "reuse"):
         del record[name]
+    for name in ("ema", "configs_sha256", "spacing"):
+        del record[name]
     with Image.open("x.png") as picture:
         write_png(Path("x.png"), picture, {**record, "unknown": 1})
-    assert replay("x.png", model_folder).identical
+    again = replay("x.png", model_folder)
+    assert again.lines() == ["identical"]
+    assert again.before.changes(again.now) == {}
+    assert (again.now.ema, again.now.spacing) == (False, "leading")
 
 
 def test_how_far_off_a_picture_is(pipe: TextToImagePipeline, model_folder: Path) -> None:
@@ -130,6 +145,81 @@ def test_other_weights_render_all_the_same_and_are_told(pipe: TextToImagePipelin
         "model": {"before": "tiny", "now": "tiny"},
         "changes": {"sha256": {"before": before.sha256, "now": again.now.sha256}},
     }
+
+
+def test_the_configs_and_the_tokenizer_have_a_digest(pipe: TextToImagePipeline, folder: Path) -> None:
+    before = made(pipe, "x.png")
+
+    def now() -> str:
+        return TextToImagePipeline.from_pretrained(folder, "cpu", "float32").configs_sha256
+
+    assert now() == before.configs_sha256
+    # no picture depends on who wrote a config, nor on where a default is written; the rest is recorded by itself
+    edit_json(folder / "vae" / "config.json", _diffusers_version="9", scaling_factor=0.18215)
+    edit_json(folder / "scheduler" / "scheduler_config.json", prediction_type="sample", _class_name="DDPMScheduler")
+    assert now() == before.configs_sha256
+    digests = {now()}
+    for name, change in (
+        ("vae/config.json", {"scaling_factor": 1.0}),
+        ("scheduler/scheduler_config.json", {"beta_end": 0.02}),
+        ("scheduler/scheduler_config.json", {"timestep_spacing": "trailing"}),
+        ("text_encoder/config.json", {"hidden_act": "gelu"}),
+        ("tokenizer/tokenizer_config.json", {"pad_token": "!"}),
+    ):
+        edit_json(folder / name, **change)
+        digests.add(now())
+    assert len(digests) == 6
+
+
+def test_other_configs_are_told(pipe: TextToImagePipeline, folder: Path) -> None:
+    before = made(pipe, "x.png")
+    edit_json(folder / "vae" / "config.json", scaling_factor=0.5)
+    again = replay("x.png", folder)
+    assert not again.identical
+    assert again.lines()[1:] == [
+        f"sha256 of the configs and the tokenizer was {before.configs_sha256}, now {again.now.configs_sha256}"
+    ]
+
+
+def test_a_replay_reads_the_model_as_the_picture_s_own(model_folder: Path, folder: Path) -> None:
+    convert(model_folder, Path("tiny.safetensors"))
+    with safe_open("tiny.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file("tiny.safetensors")
+    tensors |= {ema_name(name): tensor * 1.1 for name, tensor in tensors.items() if name.startswith(UNET)}
+    save_file(tensors, "both.safetensors", metadata)
+
+    averaged = TextToImagePipeline.from_pretrained("both.safetensors", "cpu", "float32", "v_prediction", ema=True)
+    record = made(averaged, "x.png")
+    assert (record.prediction, record.ema) == ("v_prediction", True)
+    again = replay("x.png", "both.safetensors")
+    assert again.lines() == ["identical"]
+    assert again.now == record
+
+    plain = TextToImagePipeline.from_pretrained("both.safetensors", "cpu", "float32")
+    changes = record.changes(made(plain, "y.png"))
+    assert changes == {"prediction": ("v_prediction", "epsilon"), "ema": (True, False)}
+    # of another model, neither holds
+    assert list(record.changes(replay("x.png", folder).now)) == ["sha256", "prediction", "ema"]
+
+
+def test_a_replay_keeps_the_spacing_that_was_the_model_s_own(pipe: TextToImagePipeline, folder: Path) -> None:
+    record = made(pipe, "x.png", num_inference_steps=4)
+    edit_json(folder / "scheduler" / "scheduler_config.json", timestep_spacing="trailing")
+    again = replay("x.png", folder)
+    assert again.identical
+    assert list(record.changes(again.now)) == ["configs_sha256"]
+
+
+def test_a_file_s_name_may_be_no_utf_8(pipe: TextToImagePipeline, folder: Path) -> None:
+    init = os.fsdecode(b"b\xe9.png")
+    Image.radial_gradient("L").save(init)
+    record = made(pipe, "x.png", image=init, width=64, height=64)
+    assert Record.read(Path("x.png")) == record
+    assert record.init is not None
+    assert record.init.file == "b?.png"
+    Path("link").symlink_to(shutil.move(folder, folder.with_name(os.fsdecode(b"m\xe9"))))
+    assert made(TextToImagePipeline.from_pretrained("link", "cpu", "float32"), "x.png").model == "m?"
 
 
 def test_a_model_may_be_read_otherwise(pipe: TextToImagePipeline, model_folder: Path) -> None:
