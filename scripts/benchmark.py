@@ -12,6 +12,9 @@ Each also writes what it prints, the machine and the versions to `--json FILE`. 
 comes (float32), and "tuned" by its documentation (our dtype, channels_last). A speed-up is the median of the ratios of
 at least 15 pairs (5 of over 20 s), with its 95 % bootstrap interval, whose lower bound is what counts. There is none
 where the outputs differ: then one line says so, and the exit code is 2.
+
+Two commands differ. Of `train`, "default" is the step of diffusers' example script in our mixed precision, and "tuned"
+diffusers' U-Net in our own loop. In `growth` ours makes a batch in blocks of 8 pictures, and diffusers all at once.
 """
 
 import argparse
@@ -31,12 +34,15 @@ from benchmarking.shortcuts import measure_shortcuts, show_shortcuts
 from benchmarking.timing import MEGABYTE, refuse_difference, run_process, spread, table
 from benchmarking.training_step import training_step
 from benchmarking.workloads import PRESETS, PROMPT, Setup, Side, Sides, coding, guided_step, picture, write_model
+from output_files import check_file, check_picture
 from PIL import Image
 from torch import Tensor
 
 from pipelines import TextToImagePipeline
 from pipelines.errors import one_line_errors
+from pipelines.request import MAX_PICTURES, MAX_SIDE
 from pipelines.runtime import pick_device, pick_dtype
+from pipelines.text_to_image import BATCH
 
 ROOT = Path(__file__).parents[1]
 LDM = (
@@ -193,8 +199,21 @@ def shortcuts(args: argparse.Namespace, setup: Setup) -> list[Row]:
     return rows
 
 
+def check_axes(axes: Mapping[str, tuple[Sequence[int], int, int]]) -> None:
+    """Raises ValueError unless each option's values, of which the multiple and the most are given, have a slope."""
+    for option, (values, multiple, most) in axes.items():
+        for value in values:
+            if not 0 < value <= most or value % multiple:
+                allowed = f"multiples of {multiple}, {most} at most" if multiple > 1 else f"numbers from 1 to {most}"
+                raise ValueError(f"{option} has {value}; give {allowed}")
+        if len(set(values)) < 2:
+            raise ValueError(f"{option} has the one value {values[0]}, along which nothing grows; give two or more")
+
+
 def make_setup(args: argparse.Namespace) -> Setup:
-    """Raises ValueError for what cannot be measured."""
+    """Raises ValueError for what cannot be measured, or not be written."""
+    check_file("--json", args.json)
+    check_picture("--plot", getattr(args, "plot", None))
     for name in ("size", "batch", "pairs", "steps", "threads", "pictures"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
@@ -211,6 +230,10 @@ def make_setup(args: argparse.Namespace) -> Setup:
     multiple = max(8, preset.configs.vae.downsampling_factor)
     if size % multiple:
         raise ValueError(f"--size is {size}; give a multiple of {multiple}")
+    if args.run is growth:
+        times = preset.scheduler.num_train_timesteps
+        sizes, batches = (args.sizes, multiple, MAX_SIDE), (args.batches, 1, MAX_PICTURES)
+        check_axes({"--sizes": sizes, "--batches": batches, "--step-counts": (args.step_counts, 1, times)})
     device = pick_device(args.device)
     batch = getattr(args, "batch", 1)
     return Setup(preset, size, batch, pick_dtype(args.dtype, device), device, args.against is not None, compiled)
@@ -250,7 +273,8 @@ def parser() -> argparse.ArgumentParser:
         add(run, about, shared).add_argument("--steps", type=int, help="by default the model's own number")
     growing = add(growth, "time and memory over resolution, batch and steps", shared)
     growing.add_argument("--sizes", type=int, nargs="+", default=[256, 384, 512, 768, 1024], help="pixels")
-    growing.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    about = f"pictures that are asked for at once; ours makes {BATCH} of them at a time"
+    growing.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help=about)
     growing.add_argument("--step-counts", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     growing.add_argument("--plot", type=Path, help="PNG to draw")
     about = "what the options that change a picture save and cost, on the default model"

@@ -31,6 +31,7 @@ from evaluation.measurements import Measurements, from_pixels, measure
 from evaluation.metrics import Measured
 from evaluation.real_pictures import RealPictures, from_folder, from_picturebook
 from evaluation.report import write_report
+from output_files import check_file, check_picture
 from picturebook import WORLD
 from sheet import to_images, write_sheet
 
@@ -167,9 +168,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--prompts is {args.prompts}; give at least {FEWEST}")
     if not 0 <= args.bits <= args.prompts:
         raise ValueError(f"--bits is {args.bits}; give a number from 0 to the {args.prompts} of --prompts")
-    for option, file in (("--report", args.report), ("--json", args.json)):
-        if file is not None and not file.parent.is_dir():
-            raise ValueError(f"{option} {file}: folder {file.parent} does not exist; make it first")
+    check_file("--report", args.report)
+    check_file("--json", args.json)
+    check_picture("--sheet", args.sheet)
     if args.data is not None and args.seed is not None:
         raise ValueError("--seed draws picturebook scenes; with --data the prompts are the folder's first captions")
 
@@ -183,9 +184,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.record and pipe.model.folder is None:
         raise ValueError(f"--record writes into a model folder, but {args.model} is a file; write --json instead")
     guidances = args.guidance or [None]
-    request = pipe.request(
-        ("",), ("",), steps=args.steps, guidance=guidances[0], sampler=args.sampler, rescale=0.0, eta=0.0
-    )
+    asked = {"steps": args.steps, "sampler": args.sampler, "rescale": 0.0, "eta": 0.0}
+    request, *_ = [pipe.request(("",), ("",), guidance=guidance, **asked) for guidance in guidances]
     if request.width != request.height:
         raise ValueError(f"this model makes {request.width}x{request.height}; only square pictures are evaluated")
     network = open_network(args.features or JUDGE, pipe.device)
@@ -222,6 +222,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "device": pipe.device.type,
         **network.version(),
     }
+    print(json.dumps(result, indent=2), flush=True)  # first of all, so that no full disk loses it
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     if args.record:
@@ -231,7 +232,6 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.report is not None:
         title = f"Evaluation of {Path(args.model).name if args.model else 'the built-in model'}"
         write_report(args.report, title, result, galleries(real, network, found, readings))
-    print(json.dumps(result, indent=2))
 
 
 def main() -> None:

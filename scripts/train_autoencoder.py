@@ -11,7 +11,7 @@ with `--decoder_only true`, nearly with `--latents_weight 1`.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,13 @@ from pydantic import BaseModel, Field, model_validator
 from sheet import to_images, write_sheet
 from torch import Tensor, nn
 
-from autoencoder import Autoencoder, AutoencoderConfig, VQAutoencoder, VQAutoencoderConfig
+from autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    IdentityAutoencoderConfig,
+    VQAutoencoder,
+    VQAutoencoderConfig,
+)
 from autoencoder.bottleneck import DiagonalGaussian
 from autoencoder.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from autoencoder.growth import inner, levels_more, start_as
@@ -31,6 +37,9 @@ from ldm.training.loop import LoopConfig, Training, apply_gradients, fit, make_a
 from pipelines.errors import one_line_errors
 from pipelines.loading import load_autoencoder, load_model, save_model, save_part
 from pipelines.stored_model import INDEX
+
+LEAST_JUDGED = 24
+"""Pixels of the smallest pictures of which the discriminator sees a patch."""
 
 
 class AdversaryConfig(BaseModel, frozen=True, extra="forbid"):
@@ -59,16 +68,39 @@ class AutoencoderTrainingConfig(BaseModel, frozen=True, extra="forbid"):
     """A model folder whose autoencoder to start from: of the same architecture, but for levels more or fewer next to
     the pixels."""
     decoder_only: bool = False
-    """Train what turns latents into pictures and nothing else: those of `init` stay as they are, to the bit."""
+    """Train what turns latents into pictures and nothing else: those of `init` stay as they are, to the bit. What is
+    not said of the autoencoder, and the size of its pictures, is as it is there."""
     latents_weight: float = Field(0, ge=0, allow_inf_nan=False)
     """Weight of the mean squared difference from the latents that `init` has for the same pictures, of its size. With
     any they are not whitened again, and if `init` is a whole model, one is written."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _go_on(cls, said: dict[str, Any]) -> dict[str, Any]:
+        if said.get("init") is None or not said.get("decoder_only"):
+            return said
+        theirs = load_autoencoder(Path(said["init"]) / "vae").config
+        if isinstance(theirs, IdentityAutoencoderConfig):
+            raise ValueError(f"init {said['init']} is a model of pixels and has no decoder: name another one")
+        section, other = ("vq", "model") if isinstance(theirs, VQAutoencoderConfig) else ("model", "vq")
+        merged, data = dict(said), said.get("data")
+        if said.get(other) is None and isinstance(of_part := said.get(section) or {}, dict):
+            merged[section] = theirs.model_dump(exclude_defaults=True) | of_part
+        if isinstance(data, dict):
+            merged["data"] = {"size": theirs.sample_size} | data
+        return merged
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         factor = (self.vq or self.model).downsampling_factor
         if self.data.size % factor:
             raise ValueError(f"data.size is {self.data.size}, but must be a multiple of {factor}, pixels per latent")
+        start = self.adversary.start
+        if start is not None and start < self.loop.steps and self.data.size < LEAST_JUDGED:
+            raise ValueError(
+                f"data.size is {self.data.size}, but the adversary needs pictures of {LEAST_JUDGED} pixels or more: "
+                "leave out adversary.start"
+            )
         if self.keeps_latents and self.init is None:
             name = "decoder_only" if self.decoder_only else "latents_weight"
             raise ValueError(f"{name} goes with init: say whose latents to keep")

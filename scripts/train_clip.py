@@ -72,6 +72,15 @@ class ClipTrainingConfig(BaseModel, frozen=True, extra="forbid"):
     loop: LoopConfig
     model: ClipConfig = ClipConfig()
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.model.patch_size > self.data.size:
+            raise ValueError(
+                f"model.patch_size is {self.model.patch_size}, but pictures of data.size are {self.data.size} pixels "
+                "wide: make it smaller"
+            )
+        return self
+
 
 def survey(tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, int]:
     """Which tokens any caption has, bool [vocabulary], and how many tokens the longest caption has."""

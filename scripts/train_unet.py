@@ -245,6 +245,24 @@ def make_heldout(config: UNetTrainingConfig, objective: Objective, tokenizer: To
     return HeldOut(objective, moments.float().chunk(2, dim=1)[0], ids)
 
 
+def check_parts(config: UNetTrainingConfig) -> None:
+    """Raises ValueError unless the U-Net takes what its autoencoder and its text encoder give."""
+    channels, source, mend = 3, "pixels", "make it 3, or name an autoencoder"
+    if config.autoencoder is not None:
+        channels = load_autoencoder(Path(config.autoencoder) / "vae").config.latent_channels
+        source, mend = f"latents of {config.autoencoder}", "make them agree"
+    if config.model.in_channels != channels:  # and so model.out_channels, as `_check` saw to it
+        raise ValueError(
+            f"{source} have {channels} channels, but model.in_channels is {config.model.in_channels}: {mend}"
+        )
+    width = load_text_encoder(config.text_folder / "text_encoder").config.hidden_size
+    if config.model.cross_attention_dim != width:
+        raise ValueError(
+            f"the text encoder of {config.text_folder} is {width} wide, but model.cross_attention_dim is "
+            f"{config.model.cross_attention_dim}: make them agree"
+        )
+
+
 def check_size(config: UNetTrainingConfig, cells: int) -> None:
     """Raises ValueError unless the model that is written will render at the size that it is trained at."""
     wanted = config.model.sample_size
@@ -334,6 +352,7 @@ def train(config: UNetTrainingConfig) -> None:
     accelerator = make_accelerator(config.loop)
     out = Path(config.loop.out)
     tokenizer = Tokenizer.from_folder(config.text_folder / "tokenizer")
+    check_parts(config)
     images = CaptionedImages(config.data, config.loop.seed)
     captions = images.captions()
     dataset: CaptionedDataset = images

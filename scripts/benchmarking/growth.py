@@ -15,10 +15,12 @@ from benchmarking import rivals
 from benchmarking.timing import MEGABYTE, finish, interleave, power_law, table, working_memory
 from benchmarking.workloads import Setup
 from pipelines import TextToImagePipeline
-from pipelines.text_to_image import OVERLAP, TILE
+from pipelines.text_to_image import BATCH, OVERLAP, TILE
 
 RUNS = 3
 STEPS = 2  # of the pictures whose size or number is varied
+NOTES = {"batch": f"ours makes a batch in blocks of {BATCH}, which bounds its memory; diffusers makes all at once"}
+"""What is to be known of an axis to read its figures."""
 MARGIN = 1.5  # how many times farther than its curves a y axis goes, so that what does not grow looks so
 Axis = list[float]
 Curves = dict[str, dict[str, Axis]]
@@ -91,7 +93,8 @@ def _measured(
     exponents = {
         side: {key: power_law(values, measured) for key, measured in curve.items()} for side, curve in curves.items()
     }
-    return {"what": axis, "values": list(values), "curves": curves, "exponents": exponents}
+    row = {"what": axis, "values": list(values), "curves": curves, "exponents": exponents}
+    return row | ({"note": NOTES[axis]} if axis in NOTES else {})
 
 
 def _show(row: Mapping[str, Any]) -> None:
@@ -105,6 +108,8 @@ def _show(row: Mapping[str, Any]) -> None:
     exponents = [f"{each[key]:.2f}" for each in row["exponents"].values() for key, *_ in units]
     print(f"\nover {row['what']}")
     print(table([*lines, dict(zip(lines[0], ["exponent", *exponents], strict=True))]))
+    if "note" in row:
+        print(row["note"])
 
 
 def _draw(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -60,8 +60,8 @@ def training_step(setup: Setup, folder: Path) -> Sides:
 
     def our_side(network: nn.Module, followed: nn.Module) -> Side:
         network.train().requires_grad_(True)
+        network.to(memory_format=torch.channels_last)  # before the gradient: what is compared is what is timed
         gradient = gradient_of(network, setup, context, setup.dtype)
-        network.to(memory_format=torch.channels_last)
         ema = make_ema(followed, config.loop, accelerator.device)
         model, *optimizers = accelerator.prepare(network, *make_optimizers(network, config.loop))
         objective = Objective(config.objective, config.scheduler, "continuous", config.loop.seed, accelerator)

@@ -191,8 +191,12 @@ def psnr(images: Tensor, other: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, other: Tensor) -> Tensor:
-    """SSIM (Wang et al. 2004, eq. 13) of each pair of pictures [N,3,H,W] in [-1,1], Gaussian window of 11 px: [N]."""
+    """SSIM (Wang et al. 2004, eq. 13) of each pair of pictures [N,3,H,W] in [-1,1], Gaussian window of 11 px: [N].
+
+    Its luminance term compares means as shares of their size, so it has to be told where black is: at 0.
+    """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    found: Tensor = structural_similarity_index_measure(other, images, data_range=2.0, reduction="none")
+    from_black = (other + 1) / 2, (images + 1) / 2
+    found: Tensor = structural_similarity_index_measure(*from_black, data_range=1.0, reduction="none")
     return found.reshape(len(images))

@@ -14,7 +14,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from benchmarking import rivals, shortcuts, timing, workloads
+from benchmarking import rivals, shortcuts, timing, training_step, workloads
 from benchmarking.timing import (
     distance,
     interleave,
@@ -29,6 +29,7 @@ from evaluation.real_pictures import from_picturebook
 from torch import Tensor, nn
 
 from pipelines import TextToImagePipeline
+from pipelines.text_to_image import BATCH
 
 Json = dict[str, Any]
 
@@ -231,6 +232,22 @@ def test_same_work_in_float32(command: str, tmp_path: Path, monkeypatch: pytest.
             assert side["peak bytes"] > 10_000
 
 
+def test_the_gradient_that_is_compared_is_that_of_the_step_that_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watched(network: nn.Module, *arguments: Any) -> Tensor:
+        weights = [each.weight for each in network.modules() if isinstance(each, nn.Conv2d)]
+        layouts.append({each.is_contiguous(memory_format=torch.channels_last) for each in weights})
+        return gradient_of(network, *arguments)
+
+    gradient_of, layouts = training_step.gradient_of, list[set[bool]]()
+    monkeypatch.setattr(training_step, "gradient_of", watched)
+    measure(monkeypatch, tmp_path, "train", "--batch", "2", "--against", "diffusers", "--dtype", "float32")
+    ours, default, tuned = layouts
+    assert ours == tuned == {True}
+    assert False in default  # as diffusers' example has it
+
+
 @pytest.mark.parametrize("command", ["inference", "train --batch 2"])
 def test_same_work_in_bfloat16(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     default, tuned = measure(monkeypatch, tmp_path, *command.split(), "--against", "diffusers", "--dtype", "bfloat16")
@@ -329,11 +346,14 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_this_process
     assert rows[0]["accelerator"]["max"] == 0
 
 
-def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "plots" / "growth.png"
     axes = "--sizes", "32", "64", "--batches", "1", "2", "--step-counts", "1", "2"
     rows = measure(monkeypatch, tmp_path, "growth", "--against", "diffusers", *axes, "--plot", str(plot))
     assert [row["what"] for row in rows] == ["size", "batch", "steps", "size, decoding"]
+    assert [("note" in row) for row in rows] == [False, True, False, False]
+    assert f"blocks of {BATCH}" in rows[1]["note"]
+    assert rows[1]["note"] in capsys.readouterr().out
     for row in rows:
         for side, curve in row["curves"].items():
             for key, values in curve.items():
@@ -353,6 +373,16 @@ def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("inference --compile", "--compile compiles diffusers' networks; give --against diffusers with it"),
         ("train --dtype float16", "--dtype is torch.float16; training is measured in float32 or bfloat16"),
         ("startup --dtype float", "dtype 'float' is unknown"),
+        ("growth --sizes 64 36", "--sizes has 36; give multiples of 8, 4096 at most"),
+        ("growth --sizes 64 8192", "--sizes has 8192; give multiples of 8, 4096 at most"),
+        ("growth --batches 0 1", "--batches has 0; give numbers from 1 to 10000"),
+        ("growth --step-counts 1 2000", "--step-counts has 2000; give numbers from 1 to 1000"),
+        ("growth --sizes 32", "--sizes has the one value 32, along which nothing grows; give two or more"),
+        ("growth --batches 2 2", "--batches has the one value 2, along which nothing grows; give two or more"),
+        ("growth --step-counts 1", "--step-counts has the one value 1, along which nothing grows; give two or more"),
+        ("growth --plot growth", "--plot growth is no name for a picture; give one that ends in .png"),
+        ("inference --json none/x.json", "--json none/x.json: folder none does not exist; make it first"),
+        ("inference --json .", "--json . is a folder; give the name of a file in it"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(
@@ -362,6 +392,12 @@ def test_bad_arguments_are_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    def measured(*_: Any, **__: Any) -> None:
+        raise AssertionError("it is refused too late")
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("compare", "measure_growth"):
+        monkeypatch.setattr(benchmark, name, measured)
     assert fault in refused(monkeypatch, tmp_path, capsys, *arguments.split())
 
 

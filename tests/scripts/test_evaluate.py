@@ -332,6 +332,12 @@ def fails(run: Run, capsys: pytest.CaptureFixture[str], *options: Any) -> str:
         (("--bits", 9), "--bits is 9; give a number from 0 to the 8 of --prompts"),
         (("--report", "none/report.html"), "folder none does not exist; make it first"),
         (("--json", "none/result.json"), "folder none does not exist; make it first"),
+        (("--report", "."), "--report . is a folder; give the name of a file in it"),
+        (("--json", "."), "--json . is a folder; give the name of a file in it"),
+        (("--sheet", "."), "--sheet . is no name for a picture; give one that ends in .png"),
+        (("--sheet", "sheet.foo"), "--sheet sheet.foo is no name for a picture; give one that ends in .png"),
+        (("--sheet", "folder.png"), "--sheet folder.png is a folder; give the name of a file in it"),
+        (("--guidance", 3, "nan"), "guidance is nan; give a finite number"),
         (("--data", "x"), "data folder x does not exist"),
         (("--data", "x", "--features", "clip:y", "--seed", 1), "--seed draws picturebook scenes"),
         (("--features", "clip:y"), "folder y does not exist"),
@@ -348,8 +354,28 @@ def test_bad_options(
     tmp_path: Path,
     monkeypatch: Any,
 ) -> None:
+    def measured(*_: Any, **__: Any) -> None:
+        raise AssertionError("it is refused too late")
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "measure", measured)
+    (tmp_path / "folder.png").mkdir()
     assert message in fails(run, capsys, *options)
+
+
+def test_the_result_is_printed_before_what_may_not_be_written(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(evaluate, "write_sheets", full)
+    file = tmp_path / "result.json"
+    with pytest.raises(SystemExit):
+        run("--json", file, "--sheet", tmp_path / "new" / "sheet.png")
+    printed = capsys.readouterr()
+    assert "error: no space left" in printed.err
+    assert json.loads(printed.out) == json.loads(file.read_text())
 
 
 def nothing(folder: Path) -> None:
@@ -390,7 +416,7 @@ def a_broken_picture(folder: Path) -> None:
     ("spoil", "message"),
     [
         (nothing, "does not exist"),
-        (no_metadata, "has no metadata.jsonl"),
+        (no_metadata, "has no lines in metadata.jsonl"),
         (no_pictures, "captions without pictures"),
         (a_picture_less, "000009.png"),
         (an_empty_caption, "row 2 of"),

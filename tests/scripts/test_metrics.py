@@ -181,7 +181,10 @@ def test_psnr_and_ssim_of_each_picture() -> None:
 
 
 def test_ssim_of_flat_pictures_is_its_luminance_term() -> None:
-    a, b = 0.6, -0.2
-    flat = [torch.full((1, 3, 16, 16), value) for value in (a, b)]
-    c1 = (0.01 * 2) ** 2
+    """Counted from black, so that two greys that hardly differ are alike whatever their brightness."""
+    a, b = 0.8, 0.4
+    flat = [torch.full((1, 3, 16, 16), 2 * value - 1) for value in (a, b)]
+    c1 = 0.01**2
     assert metrics.ssim(*flat).item() == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1), abs=1e-4)
+    greys = [torch.full((1, 3, 16, 16), value) for value in (0.02, -0.02)]
+    assert metrics.ssim(*greys).item() > 0.999

@@ -1,6 +1,8 @@
 """Each training script, run for two steps, writes what it promises."""
 
+import itertools
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +24,14 @@ from train_autoencoder import AdversaryConfig, AutoencoderTrainingConfig
 from train_clip import ClipConfig, ClipTrainingConfig
 from train_unet import UNetTrainingConfig
 
-from autoencoder import Autoencoder, AutoencoderConfig, VQAutoencoder, VQAutoencoderConfig
+from autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    IdentityAutoencoder,
+    IdentityAutoencoderConfig,
+    VQAutoencoder,
+    VQAutoencoderConfig,
+)
 from ldm.loss import diffusion_loss
 from ldm.time_sampling import draw, logit_normal
 from ldm.training import randomness
@@ -31,7 +40,7 @@ from ldm.training.data import Batch, CaptionedImages, DataConfig
 from ldm.training.loop import LoopConfig, Training, make_accelerator
 from ldm.unet import UNet, UNetConfig
 from pipelines import TextToImagePipeline
-from pipelines.loading import DEFAULT_MODEL, load_autoencoder, load_model, load_unet
+from pipelines.loading import DEFAULT_MODEL, load_autoencoder, load_model, load_unet, save_part
 from pipelines.settings import Settings
 from text_encoder import Tokenizer
 
@@ -173,6 +182,37 @@ def test_a_decoder_trained_alone_leaves_the_latents_as_they_are(
     (init / "model_index.json").unlink()
     train_autoencoder.train(config.model_copy(update={"decoder_only": True, "loop": loop_config(part, steps=1)}))
     assert [folder.name for folder in (part / "model").iterdir()] == ["vae"]
+
+
+@pytest.mark.parametrize("vq", [False, True])
+def test_a_decoder_trained_alone_is_shaped_and_sized_as_its_init(vq: bool, data_folder: Path, tmp_path: Path) -> None:
+    init, out = tmp_path / "init", tmp_path / "out"
+    shape: dict[str, Any] = {**TINY_AUTOENCODER, "sample_size": 48}
+    made = VQAutoencoder(VQAutoencoderConfig(**shape)) if vq else Autoencoder(AutoencoderConfig(**shape))
+    save_part(init / "vae", made)
+    said = ["--data.path", str(data_folder), "--loop.out", str(out), "--init", str(init)]
+    few = ["--loop.steps", "1", "--loop.batch_size", "2", "--loop.mixed_precision", "no"]
+    config = parse_config(AutoencoderTrainingConfig, "", [*said, *few, "--decoder_only", "true"])
+    assert (config.vq or config.model) == made.config
+    assert config.data.size == 48
+    train_autoencoder.train(config)
+    assert load_autoencoder(out / "model" / "vae").config == made.config
+
+    section, other = ("vq", "model") if vq else ("model", "vq")
+    said += ["--decoder_only", "true", "--data.size", "64"]
+    config = parse_config(AutoencoderTrainingConfig, "", [*said, f"--{section}.layers_per_block", "2"])
+    assert config.data.size == 64
+    with pytest.raises(ValueError, match=rf"has layers_per_block 1, but {section}.layers_per_block is 2: make them"):
+        train_autoencoder.make_autoencoder(config)
+    config = parse_config(AutoencoderTrainingConfig, "", [*said, f"--{other}.layers_per_block", "1"])
+    with pytest.raises(ValueError, match=f"but {other} describes a .*: make them agree"):
+        train_autoencoder.make_autoencoder(config)
+
+
+def test_a_model_of_pixels_has_no_decoder_to_train(tmp_path: Path) -> None:
+    save_part(tmp_path / "vae", IdentityAutoencoder(IdentityAutoencoderConfig()))
+    with pytest.raises(ValueError, match="is a model of pixels and has no decoder: name another one"):
+        AutoencoderTrainingConfig(data={"path": "x"}, loop=loop_config(tmp_path), init=str(tmp_path), decoder_only=True)
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4])
@@ -716,13 +756,42 @@ def test_settings_that_contradict_each_other(fields: dict[str, Any], message: st
         ({"data": {"path": "x", "size": 30}}, "data.size is 30, but must be a multiple of 4, pixels per latent"),
         ({"decoder_only": True}, "decoder_only goes with init: say whose latents to keep"),
         ({"latents_weight": 1.0}, "latents_weight goes with init: say whose latents to keep"),
-        ({"init": "x", "decoder_only": True, "latents_weight": 1.0}, "keeps the latents as they are: leave out"),
+        ({"init": str(DEFAULT_MODEL), "decoder_only": True, "latents_weight": 1.0, "model": {}}, "leave out latents_w"),
+        ({"init": "x", "decoder_only": True}, "x/vae"),
+        ({"data": {"path": "x", "size": 20}, "adversary": {"start": 0}}, "the adversary needs pictures of 24 pixels"),
     ],
 )
 def test_autoencoders_that_cannot_be_trained(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     given = {"data": {"path": "x", "size": 32}, "loop": loop_config(tmp_path), "model": TINY_AUTOENCODER}
     with pytest.raises(ValueError, match=message):
         AutoencoderTrainingConfig(**{**given, **fields})
+
+
+def test_an_adversary_that_never_starts_needs_no_pixels(tmp_path: Path) -> None:
+    given = {"data": {"path": "x", "size": 8}, "loop": loop_config(tmp_path, steps=5), "model": TINY_AUTOENCODER}
+    AutoencoderTrainingConfig(**given)
+    AutoencoderTrainingConfig(**given, adversary={"start": 5})
+    with pytest.raises(ValueError, match=r"leave out adversary\.start"):
+        AutoencoderTrainingConfig(**given, adversary={"start": 4})
+
+
+def test_the_least_size_of_an_adversary_is_the_discriminator_s() -> None:
+    judge = train_autoencoder.PatchDiscriminator(8)
+    least = train_autoencoder.LEAST_JUDGED
+    assert judge(torch.zeros(1, 3, least, least)).shape == (1, 1, 1, 1)
+    with pytest.raises(RuntimeError):
+        judge(torch.zeros(1, 3, least - 1, least - 1))
+
+
+def test_a_clip_s_patches_are_no_larger_than_its_pictures(tmp_path: Path) -> None:
+    def config(patch: int) -> ClipTrainingConfig:
+        return ClipTrainingConfig(
+            data={"path": "x", "size": 32}, loop=loop_config(tmp_path), model={**TINY_CLIP, "patch_size": patch}
+        )
+
+    config(32)
+    with pytest.raises(ValueError, match=r"model.patch_size is 33, but pictures of data.size are 32 pixels wide"):
+        config(33)
 
 
 @pytest.mark.parametrize("side", ["text", "image"])
@@ -738,6 +807,23 @@ def test_a_unet_renders_at_the_size_that_it_is_trained_at(
         tmp_path, data_folder, trained_autoencoder, trained_clip, data=DataConfig(path=str(data_folder), size=64)
     )
     with pytest.raises(ValueError, match=r"data.size 64 are 16 cells wide to the U-Net, but model.sample_size is 8"):
+        train_unet.train(config)
+
+
+@pytest.mark.parametrize(
+    ("model", "pixels", "message"),
+    [
+        ({"in_channels": 8, "out_channels": 8}, False, r"latents of .* have 4 channels, but model.in_channels is 8"),
+        ({}, True, "pixels have 3 channels, but model.in_channels is 4: make it 3, or name an autoencoder"),
+        ({"cross_attention_dim": 24}, False, r"encoder of .* is 16 wide, but model.cross_attention_dim is 24: make"),
+    ],
+)
+def test_a_unet_that_does_not_take_what_it_is_given_is_refused_before_all_is_encoded(
+    model: dict[str, Any], pixels: bool, message: str, trained_autoencoder: Path, trained_clip: Path, tmp_path: Path
+) -> None:
+    changes = {"model": {**TINY_UNET, **model}, **({"autoencoder": None} if pixels else {})}
+    config = unet_config(tmp_path, tmp_path / "no data", trained_autoencoder, trained_clip, **changes)
+    with pytest.raises(ValueError, match=message):
         train_unet.train(config)
 
 
@@ -818,6 +904,36 @@ def test_presets_are_valid(stage: str, config_class: Any) -> None:
     config = parse_config(config_class, "", ["--config", str(preset), "--loop.out", "elsewhere"])
     assert isinstance(config, config_class)
     assert (config.data.path, config.loop.out) == ("runs/picturebook", "elsewhere")
+
+
+CONFIGS = Path(train_unet.__file__).parent / "configs"
+STATED = re.compile(r"(\d+(?:\.(\d+))?) M\b")
+
+
+def header_of(preset: Path) -> str:
+    """The comment at its beginning, on one line."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), preset.read_text().splitlines())
+    return " ".join(line.removeprefix("# ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "preset", [file for file in sorted(CONFIGS.glob("*.yaml")) if STATED.search(header_of(file))], ids=lambda p: p.stem
+)
+def test_a_preset_says_how_many_parameters_its_network_has(preset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parents[1])  # presets name files from there
+    header = header_of(preset)
+    files = re.findall(r"--config (\S+)", header) or [preset.name]
+    arguments = [part for file in files for part in ("--config", str(CONFIGS / file))]
+    with torch.device("meta"):
+        if "unet" in preset.stem or "ddpm" in preset.stem:
+            network: nn.Module = UNet(parse_config(UNetTrainingConfig, "", arguments).model)
+        else:
+            config = parse_config(AutoencoderTrainingConfig, "", arguments)
+            network = VQAutoencoder(config.vq) if config.vq else Autoencoder(config.model)
+    stated = STATED.search(header)
+    assert stated is not None
+    millions = sum(each.numel() for each in network.parameters()) / 1e6
+    assert stated[1] == f"{millions:.{len(stated[2] or '')}f}"
 
 
 def test_the_student_s_preset_fits_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
