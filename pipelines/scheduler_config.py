@@ -93,7 +93,8 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore", validate_by_name=T
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
-    steps_offset: int = Field(default=0, ge=0, le=1000)
+    steps_offset: int = Field(default=1, ge=0, le=1000)
+    """How far "leading" is shifted. diffusers' class has 0, which its pipelines mend to 1 with a warning."""
     set_alpha_to_one: bool = True
     rescale_betas_zero_snr: bool = False
     variance_type: Literal["fixed_small", "learned_range"] | None = None
@@ -166,6 +167,7 @@ class SchedulerConfig(BaseModel, frozen=True, extra="ignore", validate_by_name=T
         name = str(config.get("_class_name", ""))
         own_defaults = {
             "timestep_spacing": "leading" if name in LEADING_CLASSES else "linspace",
+            "steps_offset": 0,
             "set_alpha_to_one": name != "PNDMScheduler",
             "skip_prk_steps": False if name == "PNDMScheduler" else None,
         }

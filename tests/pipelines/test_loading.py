@@ -675,7 +675,7 @@ def test_the_time_grid_is_that_of_ddim(spacing: str, offset: int, to_one: bool) 
 
 
 def test_a_single_step_ends_clean() -> None:
-    config = SchedulerConfig(set_alpha_to_one=False)
+    config = SchedulerConfig(set_alpha_to_one=False, steps_offset=0)
     assert config.time_grid(config.make_schedule(), 1, "ddim").tolist() == [0, -1]
 
 
@@ -889,6 +889,15 @@ def test_early_folders_are_mended_as_in_diffusers(
     assert model.scheduler.steps_offset == stock.scheduler.config.steps_offset
     assert model.scheduler.clip_sample == stock.scheduler.config.get("clip_sample", False)
     assert model.scheduler.skip_prk_steps in (None, stock.scheduler.config.get("skip_prk_steps"))
+
+
+def test_a_scheduler_of_which_nothing_is_said_needs_no_mending(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loading.save_model(tmp_path / "new", replace(loading.load_model(folder), scheduler=SchedulerConfig()))
+    capsys.readouterr()
+    assert loading.load_model(tmp_path / "new").scheduler.steps_offset == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_an_offset_that_is_no_number_is_not_mended(folder: Path) -> None:
