@@ -1,5 +1,7 @@
 """The patch discriminator (Isola et al. 2017, section 3.2.2) that judges local realism, and its hinge losses."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,12 +48,20 @@ def generator_loss(fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, largest: float = 1e4) -> Tensor:
+def adaptive_weight(
+    reconstruction: Tensor,
+    adversarial: Tensor,
+    last_layer: Tensor,
+    largest: float = 1e4,
+    over_processes: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> Tensor:
     """||grad of the reconstruction loss|| / ||grad of the adversarial loss|| at the decoder's last layer.
 
     Esser et al. 2021, equation 7: it balances the two losses whatever their scales. Detached, at most `largest`.
+    `over_processes` makes of a process' gradient the mean of all that share a batch, which then have one weight.
     """
-    (towards_pixels,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (towards_realism,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    out: Tensor = (towards_pixels.norm() / (towards_realism.norm() + 1e-4)).clamp(0, largest).detach()
+    losses = (reconstruction, adversarial)
+    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in losses]
+    towards_pixels, towards_realism = [over_processes(gradient).norm() for gradient in gradients]
+    out: Tensor = (towards_pixels / (towards_realism + 1e-4)).clamp(0, largest).detach()
     return out

@@ -10,6 +10,7 @@ with `--decoder_only true`, nearly with `--latents_weight 1`.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -161,7 +162,9 @@ class Step:
         if start is not None and batch.step >= start + config.adversary.warmup:
             self.discriminator.requires_grad_(False)  # else this step's gradients would reach the discriminator
             realism = generator_loss(self.discriminator(reconstruction))
-            weight = config.adversary.weight * adaptive_weight(pixels, realism, model.decoder.conv_out.weight)
+            mean = partial(accelerator.reduce, reduction="mean")
+            balance = adaptive_weight(pixels, realism, model.decoder.conv_out.weight, over_processes=mean)
+            weight = config.adversary.weight * balance
             loss = loss + weight * realism
             self.discriminator.requires_grad_(True)
             values |= {"adversarial": realism.detach(), "adversarial_weight": weight}

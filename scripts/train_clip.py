@@ -155,7 +155,8 @@ def train(config: ClipTrainingConfig) -> None:
             norm = apply_gradients(training, model, optimizers)
             with torch.no_grad():
                 accelerator.unwrap_model(model).logit_scale.clamp_(0, 4.6052)  # at most 100, as published
-        right = ((images @ texts.T).argmax(1) == torch.arange(len(images), device=images.device)).float().mean()
+        own = torch.arange(len(images), device=images.device) + accelerator.process_index * len(images)
+        right = ((images @ accelerator.gather(texts.detach()).T).argmax(1) == own).float().mean()
         return {"loss": loss.detach(), "retrieved": right, "gradient_norm": norm}
 
     training = Training(accelerator, config.loop, dataset, optimizers, train_step)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -81,7 +81,9 @@ def learning_rate_factor(config: LoopConfig, step: int) -> float:
 def make_accelerator(config: LoopConfig) -> Accelerator:
     """An accelerator that logs to tensorboard under `out`; on a machine without a GPU it trains on the CPU."""
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    device = PartialState(timeout=LONGEST).device
+    # accelerate joins processes on CPUs only where it is told that they are
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or torch.accelerator.current_accelerator(True) is None
+    device = PartialState(on_cpu, timeout=LONGEST).device
     precision: str = config.mixed_precision
     if precision == "auto":
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # which it also says where it was told nothing

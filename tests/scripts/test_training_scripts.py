@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -825,6 +828,34 @@ def test_a_unet_that_does_not_take_what_it_is_given_is_refused_before_all_is_enc
     config = unet_config(tmp_path, tmp_path / "no data", trained_autoencoder, trained_clip, **changes)
     with pytest.raises(ValueError, match=message):
         train_unet.train(config)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "clip", "unet"])
+def test_two_processes_train_as_one(
+    stage: str, trained_autoencoder: Path, trained_clip: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """Real ones: the losses of each step are those of a single process, and with them all that led there."""
+    loop = loop_config(tmp_path / "one", steps=3, gradient_accumulation=2)
+    module: Any = {"autoencoder": train_autoencoder, "clip": train_clip, "unet": train_unet}[stage]
+    config: Any = {
+        "autoencoder": autoencoder_config(tmp_path / "one", data_folder),
+        "clip": ClipTrainingConfig(data=DataConfig(path=str(data_folder), size=32), loop=loop, model=TINY_CLIP),
+        "unet": unet_config(tmp_path / "one", data_folder, trained_autoencoder, trained_clip),
+    }[stage]
+    config = config.model_copy(update={"loop": loop})
+    forget_accelerator()
+    module.train(config)
+    both = config.model_copy(update={"loop": loop.model_copy(update={"out": str(tmp_path / "two")})})
+    (tmp_path / "two.yaml").write_text(both.model_dump_json(exclude_defaults=True))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", module.__file__]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, "--config", tmp_path / "two.yaml"], env=environment, check=True, timeout=300)
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3]
+    for alone, shared in zip(one, two, strict=True):
+        assert alone.keys() == shared.keys()
+        for name in alone.keys() - {"images_per_second"}:
+            assert shared[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-5), name
 
 
 def test_captions_without_words_end_no_training(trained_clip: Path, data_folder: Path, tmp_path: Path) -> None:
