@@ -70,6 +70,8 @@ NEUTRAL: tuple[tuple[str, str, Any], ...] = (
     ("DPMSolverMultistepScheduler", "lambda_min_clipped", -math.inf),
     ("DPMSolverSinglestepScheduler", "lambda_min_clipped", -math.inf),
     ("UniPCMultistepScheduler", "disable_corrector", []),
+    ("UniPCMultistepScheduler", "lower_order_final", True),
+    ("DEISMultistepScheduler", "lower_order_final", True),
     ("PNDMScheduler", "skip_prk_steps", True),
 )
 """Of a class, a setting and the only value of it that is supported."""

@@ -700,6 +700,8 @@ def test_a_solver_s_settings_are_not_dropped_in_silence(name: str, key: str, val
         ("DPMSolverMultistepScheduler", "lambda_min_clipped", -5.1, float("-inf"), "-Infinity"),
         ("DPMSolverSinglestepScheduler", "lambda_min_clipped", -5.1, float("-inf"), "-Infinity"),
         ("UniPCMultistepScheduler", "disable_corrector", [0], [], r"\[\]"),
+        ("UniPCMultistepScheduler", "lower_order_final", False, True, "true"),
+        ("DEISMultistepScheduler", "lower_order_final", False, True, "true"),
         ("PNDMScheduler", "skip_prk_steps", False, True, "true"),
     ],
 )
