@@ -152,6 +152,8 @@ class UNetTrainingConfig(BaseModel, frozen=True, extra="forbid"):
             )
         if self.settings.sampler is not None:
             find_sampler(self.settings.sampler)
+        sampler, spacing = self.settings.sampler or self.scheduler.sampler, self.settings.spacing
+        self.scheduler.time_grid(self.scheduler.make_schedule(), self.settings.steps, sampler, spacing)
         if self.objective.distill_guidance is not None:
             if self.settings.guidance != 1:
                 raise ValueError("objective.distill_guidance goes with settings.guidance: 1, or it is guided twice")

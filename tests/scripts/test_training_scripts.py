@@ -471,7 +471,8 @@ def test_cached_contexts_change_no_bit(
 
 
 PIXELS = {**TINY_UNET, "sample_size": 32, "in_channels": 3, "out_channels": 3}
-LEARNED_VARIANCE = {"variance_type": "learned_range", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 2}
+TWO_TIMES = {"num_train_timesteps": 2, "steps_offset": 0}
+LEARNED_VARIANCE = {"variance_type": "learned_range", "beta_schedule": "squaredcos_cap_v2", **TWO_TIMES}
 
 
 @pytest.mark.parametrize(
@@ -526,7 +527,7 @@ def test_importance_is_remembered_over_a_resume(trained_clip: Path, data_folder:
                 trained_clip,
                 autoencoder=None,
                 model=PIXELS,
-                scheduler={"num_train_timesteps": 2},
+                scheduler=TWO_TIMES,
                 objective={"times": "importance"},
                 train_text_encoder=False,
                 loop=loop_config(out, steps=6, learning_rate=1e-3, minutes=1e-9 if stop < 6 else None, log_every=4),
@@ -733,6 +734,10 @@ def test_logit_normal_times_are_drawn_from_it_and_not_weighed(
         ({"text_encoder_rate": 0.1, "train_text_encoder": False}, "text_encoder_rate goes with train_text"),
         ({"settings": {"steps": 1001}}, "settings.steps is 1001, but there are 1000 times"),
         ({"settings": {"sampler": "best"}}, "sampler 'best' is unknown"),
+        (
+            {"scheduler": {}, "settings": {"steps": 1000}},
+            "offset 1 puts the first of 1000 times at 1000, but the last time is 999",
+        ),
         ({"data": {"path": "x", "flip": True}}, "data.flip mirrors pictures as they are read, but latents"),
         ({"objective": {"distill_guidance": 3}}, "distill_guidance goes with settings.guidance: 1"),
         ({"objective": {"distill_guidance": 3, "loss": "hybrid"}}, "distill_guidance is a loss of its own"),
@@ -955,11 +960,13 @@ def test_a_preset_says_how_many_parameters_its_network_has(preset: Path, monkeyp
     header = header_of(preset)
     files = re.findall(r"--config (\S+)", header) or [preset.name]
     arguments = [part for file in files for part in ("--config", str(CONFIGS / file))]
+    of_unet = "unet" in preset.stem or "ddpm" in preset.stem
+    config: Any = parse_config(UNetTrainingConfig if of_unet else AutoencoderTrainingConfig, "", arguments)
     with torch.device("meta"):
-        if "unet" in preset.stem or "ddpm" in preset.stem:
-            network: nn.Module = UNet(parse_config(UNetTrainingConfig, "", arguments).model)
+        network: nn.Module
+        if of_unet:
+            network = UNet(config.model)
         else:
-            config = parse_config(AutoencoderTrainingConfig, "", arguments)
             network = VQAutoencoder(config.vq) if config.vq else Autoencoder(config.model)
     stated = STATED.search(header)
     assert stated is not None
