@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.layers import Context, Conv3x3, Downsample, GroupNorm, SpatialTransformer, Upsample, silu, zeroed
+from ldm.layers import Context, Conv3x3, Downsample, GroupNorm, SpatialTransformer, Upsample, made_again, silu, zeroed
 
 BlockType = Literal["residual", "convnext", "channel_attention"]
 
@@ -51,10 +51,13 @@ class ResidualBlock(nn.Module):
 
     def branch(self, x: Tensor, emb: Tensor) -> Tensor:
         """What the block adds to x."""
-        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv1(made_again(self._activate, x))  # x is kept anyway; what is made of it, in the convolution alone
         h = silu(adaptive_norm(self.norm2, h, self.time_emb_proj(emb)))  # gives up what went in before the convolution
         out: Tensor = self.conv2(h)
         return out
+
+    def _activate(self, x: Tensor) -> Tensor:
+        return silu(self.norm1(x))
 
 
 class ChannelAttentionBlock(ResidualBlock):

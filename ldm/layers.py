@@ -6,7 +6,7 @@ identity along its residual stream.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,6 +29,14 @@ def zeroed(module: AnyModule) -> AnyModule:
 def silu(x: Tensor) -> Tensor:
     """SiLU of an x that nothing else reads, in x's own memory unless a gradient will need it."""
     return F.silu(x, inplace=not x.requires_grad)
+
+
+def made_again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), of which nothing but the inputs is kept for the gradient: what is between is made once more."""
+    if not any(each.requires_grad for each in inputs):
+        return function(*inputs)
+    out: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return out
 
 
 VECTOR = 16  # numbers that torch's kernels on a CPU work on at once; what is left over they take singly
@@ -117,8 +125,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
     keys = k.shape[-2]
     if q.requires_grad and q.dtype == torch.bfloat16 and q.shape[-2] * keys <= SHORT:
-        out: Tensor = checkpoint(_attend_plainly, q, k, v, use_reentrant=False, preserve_rng_state=False)
-        return out
+        return made_again(_attend_plainly, q, k, v)
     missing = -keys % VECTOR
     if missing == 0 or keys > FEW_KEYS:
         return F.scaled_dot_product_attention(q, k, v)
@@ -226,12 +233,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(in_features, 2 * out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        halves = self._halves(x)
-        if not x.requires_grad:
-            return gated(*halves)
-        # GELUs alone would be a ninth of all that is kept for the gradient: they are made again instead.
-        out: Tensor = checkpoint(gated, *halves, use_reentrant=False, preserve_rng_state=False)
-        return out
+        return made_again(gated, *self._halves(x))  # GELUs alone would be a ninth of all that is kept
 
     def _halves(self, x: Tensor) -> tuple[Tensor, ...]:
         """Values and gates [B,N,D]. On a CPU each has a product of its own: halves of one tensor are strided, which

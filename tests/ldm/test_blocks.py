@@ -80,6 +80,23 @@ def test_shapes_and_gradients(kind: BlockType, scale_shift: bool, out_channels: 
             assert tensor.grad.any()
 
 
+def test_a_residual_block_keeps_five_feature_maps_for_the_gradient() -> None:
+    """Its input, what each convolution and the second norm read, and what comes out of that norm; not of the first."""
+    block = filled(new_block("residual", 16))
+    x, emb = (tensor.requires_grad_() for tensor in inputs(16, 32, 32))
+    maps: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.shape == x.shape:
+            maps[tensor.data_ptr()] = tensor  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = block(x, emb)
+    assert out.shape == x.shape
+    assert len(maps) == 5
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_channels_last_stays_channels_last(kind: BlockType) -> None:
