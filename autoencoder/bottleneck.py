@@ -49,11 +49,12 @@ class Quantized:
         """The codes; the gradient goes to the latents in their place (van den Oord et al. 2017, section 3.2)."""
         return self.codes.detach() + (self.latents - self.latents.detach())
 
-    def perplexity(self) -> Tensor:
-        """exp of the entropy of the indices: how many codes are in use, as if equally often. Scalar."""
-        counts = self.indices.flatten().bincount()
-        out: Tensor = torch.special.entr(counts / counts.sum()).sum().exp()
-        return out
+
+def perplexity(indices: Tensor) -> Tensor:
+    """exp of the entropy of a codebook's indices [B,h,w]: how many codes are in use, as if equally often. Scalar."""
+    counts = indices.flatten().bincount()
+    out: Tensor = torch.special.entr(counts / counts.sum()).sum().exp()
+    return out
 
 
 class VectorQuantizer(nn.Module):

@@ -32,7 +32,7 @@ def silu(x: Tensor) -> Tensor:
 
 
 def made_again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """function(*inputs), of which nothing but the inputs is kept for the gradient: what is between is made once more."""
+    """function(*inputs), of which the inputs alone are kept for the gradient: what is between is made once more."""
     if not any(each.requires_grad for each in inputs):
         return function(*inputs)
     out: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

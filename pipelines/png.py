@@ -76,15 +76,20 @@ def check_writable(path: Path) -> None:
     """
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path} is no name for a picture; give one that ends in .png")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the name of a file in it")
-    if not path.parent.is_dir():
-        raise ValueError(f"folder {path.parent} does not exist; make it first")
+    check_place(path)
     try:
         with _staged(path, keep=False) as staged:
             staged.touch()
     except OSError as error:
         raise ValueError(f"nothing can be written to {path.parent}: {error.strerror}") from None
+
+
+def check_place(path: Path) -> None:
+    """Raises ValueError unless a file could lie there: no folder does, and the one that it would lie in exists."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file in it")
+    if not path.parent.is_dir():
+        raise ValueError(f"folder {path.parent} does not exist; make it first")
 
 
 def weights_sha256(files: Iterable[Path]) -> str:

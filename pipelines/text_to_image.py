@@ -1,16 +1,13 @@
 """A prompt becomes a picture: prompt -> context -> latents -> images; another picture may be where it starts."""
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from PIL import Image
-from pydantic import BaseModel
 from torch import Generator, Tensor
 
 from autoencoder.tiling import decode_tiled
@@ -39,8 +36,6 @@ BATCH = 8  # pictures that go through the networks at once; bounds memory, and c
 TILE, OVERLAP = 64, 16  # latents
 OUTPUT_TYPES = ("pil", "pt", "latent")
 FAR = 1.5  # a side this many times the model's own, or its inverse, is worth a notice
-TOLD_APART = {"prediction_type", "class_name", "use_karras_sigmas", "use_exponential_sigmas"}
-"""Of a scheduler's config, what a picture's record tells as its prediction, sampler and spacing."""
 
 
 @dataclass(frozen=True)
@@ -320,25 +315,6 @@ class TextToImagePipeline:
     def own_spacing(self) -> Spacing:
         """How the model spaces the steps' times, unless a request says otherwise."""
         return self.settings.spacing or self.model.scheduler.spacing
-
-    @cached_property
-    def configs_sha256(self) -> str:
-        """One digest of what the configs of all parts say, but for `TOLD_APART`, and of the tokenizer's files.
-
-        Raises:
-            OSError: a file of the tokenizer is there no more.
-        """
-        # Without the defaults, so that what a later version adds to a config changes no digest.
-        dump = partial(BaseModel.model_dump, mode="json", exclude_defaults=True)
-        files = [file for file in self.model.tokenizer_folder.iterdir() if file.suffix in (".json", ".txt")]
-        said = {
-            "unet": dump(self.unet.config),
-            "vae": dump(self.autoencoder.config),
-            "text_encoder": dump(self.text_encoder.config),
-            "scheduler": dump(self.model.scheduler, exclude=TOLD_APART),
-            "tokenizer": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
-        }
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @property
     def inpaints(self) -> bool:

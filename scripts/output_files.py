@@ -2,17 +2,19 @@
 
 from pathlib import Path
 
+from pipelines.png import check_place
+
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def check_file(option: str, file: Path | None) -> None:
-    """Raises ValueError if nothing can be written there; None is no file."""
+    """Raises ValueError unless a file could lie there; None is no file."""
     if file is None:
         return
-    if file.is_dir():
-        raise ValueError(f"{option} {file} is a folder; give the name of a file in it")
-    if not file.parent.is_dir():
-        raise ValueError(f"{option} {file}: folder {file.parent} does not exist; make it first")
+    try:
+        check_place(file)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
 
 
 def check_picture(option: str, file: Path | None) -> None:

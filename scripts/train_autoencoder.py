@@ -27,7 +27,7 @@ from autoencoder import (
     VQAutoencoder,
     VQAutoencoderConfig,
 )
-from autoencoder.bottleneck import DiagonalGaussian
+from autoencoder.bottleneck import DiagonalGaussian, perplexity
 from autoencoder.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from autoencoder.growth import inner, levels_more, start_as
 from autoencoder.loss import codebook_loss, kl_loss, reconstruction_loss
@@ -152,7 +152,7 @@ class Step:
         else:
             codebook = codebook_loss(bottleneck)
             loss = pixels + config.codebook_weight * codebook
-            values |= {"codebook": codebook.detach(), "perplexity": bottleneck.perplexity()}
+            values |= {"codebook": codebook.detach(), "perplexity": perplexity(accelerator.gather(bottleneck.indices))}
         if self.latents_of is not None:
             latents = bottleneck.mean if isinstance(bottleneck, DiagonalGaussian) else bottleneck.latents
             apart = F.mse_loss(latents.float() * model.config.scaling_factor, self.latents_of(images).float())

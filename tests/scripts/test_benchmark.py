@@ -381,8 +381,8 @@ def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         ("growth --batches 2 2", "--batches has the one value 2, along which nothing grows; give two or more"),
         ("growth --step-counts 1", "--step-counts has the one value 1, along which nothing grows; give two or more"),
         ("growth --plot growth", "--plot growth is no name for a picture; give one that ends in .png"),
-        ("inference --json none/x.json", "--json none/x.json: folder none does not exist; make it first"),
-        ("inference --json .", "--json . is a folder; give the name of a file in it"),
+        ("inference --json none/x.json", "--json: folder none does not exist; make it first"),
+        ("inference --json .", "--json: . is a folder; give the name of a file in it"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(

@@ -61,6 +61,9 @@ def log_of(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+TINY_VQ = VQAutoencoderConfig(**{**TINY_AUTOENCODER, "latent_channels": 4, "num_vq_embeddings": 8})
+
+
 def autoencoder_config(out: Path, data: Path, init: Path | None = None, **loop: Any) -> AutoencoderTrainingConfig:
     return AutoencoderTrainingConfig(
         data=DataConfig(path=str(data), size=32),
@@ -132,8 +135,7 @@ def test_autoencoder_writes_a_whitened_vae(trained_autoencoder: Path, data_folde
 
 def test_a_vq_autoencoder_trains_a_model_that_renders(trained_clip: Path, data_folder: Path, tmp_path: Path) -> None:
     config = autoencoder_config(tmp_path / "vq", data_folder)
-    codes = {**TINY_AUTOENCODER, "latent_channels": 4, "num_vq_embeddings": 8}
-    train_autoencoder.train(config.model_copy(update={"vq": VQAutoencoderConfig(**codes)}))
+    train_autoencoder.train(config.model_copy(update={"vq": TINY_VQ}))
     assert {"codebook", "perplexity", "discriminator"} <= log_of(tmp_path / "vq")[-1].keys()
     assert isinstance(load_autoencoder(tmp_path / "vq/model/vae"), VQAutoencoder)
     forget_accelerator()
@@ -835,15 +837,17 @@ def test_a_unet_that_does_not_take_what_it_is_given_is_refused_before_all_is_enc
         train_unet.train(config)
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "clip", "unet"])
+@pytest.mark.parametrize("stage", ["autoencoder", "vq", "clip", "unet"])
 def test_two_processes_train_as_one(
     stage: str, trained_autoencoder: Path, trained_clip: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     """Real ones: the losses of each step are those of a single process, and with them all that led there."""
     loop = loop_config(tmp_path / "one", steps=3, gradient_accumulation=2)
-    module: Any = {"autoencoder": train_autoencoder, "clip": train_clip, "unet": train_unet}[stage]
+    module: Any = {"clip": train_clip, "unet": train_unet}.get(stage, train_autoencoder)
+    autoencoder = autoencoder_config(tmp_path / "one", data_folder)
     config: Any = {
-        "autoencoder": autoencoder_config(tmp_path / "one", data_folder),
+        "autoencoder": autoencoder,
+        "vq": autoencoder.model_copy(update={"vq": TINY_VQ}),
         "clip": ClipTrainingConfig(data=DataConfig(path=str(data_folder), size=32), loop=loop, model=TINY_CLIP),
         "unet": unet_config(tmp_path / "one", data_folder, trained_autoencoder, trained_clip),
     }[stage]
