@@ -180,39 +180,47 @@ def render(
         return
     assert prompt is not None
     from pipelines.png import check_writable
-    from pipelines.request import MAX_PICTURES
+    from pipelines.request import MAX_PICTURES, checked_seeds
 
     if count > MAX_PICTURES:
         raise ValueError(f"count is {count}; give at most {MAX_PICTURES}")
+    seeds = checked_seeds(seed, count)
     paths = output_paths(output, prompt, seed, count)
     for path in paths:
         check_writable(path)
 
     from pipelines.image_to_image import open_init
+    from pipelines.text_to_image import BATCH
 
     source = open_init(init, mask, strength)  # what is wrong with it is told before a big model is read
     pipe = load(device)
     total = pipe.settings.steps if steps is None else min(steps, pipe.schedule.steps)  # more are refused
-    with _progress(total if source is None else int(total * source.strength)) as on_step:
-        out = pipe(
-            prompt,
-            negative_prompt=negative,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            guidance_rescale=rescale,
-            num_images_per_prompt=count,
-            seed=seed,
-            image=None if source is None else source.picture,
-            mask_image=None if source is None else source.mask,
-            on_step=on_step,
-            prompt_syntax=syntax,
-            strict_tokens=strict_tokens,
-            **options,
-        )
-    record = write_pictures(pipe, out, paths, init, mask)
+    if source is not None:
+        total = int(total * source.strength)
+    # Batch by batch, so that what is there stays if the rest is interrupted.
+    batches = [slice(start, start + BATCH) for start in range(0, count, BATCH)]
+    records = []
+    with _progress(total * len(batches)) as on_step:
+        for batch in batches:
+            out = pipe(
+                prompt,
+                negative_prompt=negative,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                guidance_rescale=rescale,
+                num_images_per_prompt=len(paths[batch]),
+                seed=seeds[batch][0],
+                image=None if source is None else source.picture,
+                mask_image=None if source is None else source.mask,
+                on_step=on_step,
+                prompt_syntax=syntax,
+                strict_tokens=strict_tokens,
+                **options,
+            )
+            records.append(write_pictures(pipe, out, paths[batch], init, mask))
     if as_json:
-        pictures = [{"path": str(path), "seed": each} for path, each in zip(paths, out.seeds, strict=True)]
-        print(json.dumps({"pictures": pictures, "seconds": round(time.perf_counter() - began, 3), **record}))
+        pictures = [{"path": str(path), "seed": each} for path, each in zip(paths, seeds, strict=True)]
+        print(json.dumps({"pictures": pictures, "seconds": round(time.perf_counter() - began, 3), **records[0]}))
 
 
 def _parse_lora(text: str) -> tuple[Path, float]:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from safetensors import SafetensorError
 
@@ -24,9 +25,18 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+_given: ContextVar[set[str] | None] = ContextVar("given", default=None)
+"""The notices that the command has given; None outside of one."""
+
+
 def notice(text: str) -> None:
-    """Writes one line for the user on stderr; stdout belongs to paths and JSON."""
-    print(f"notice: {' '.join(text.split())}", file=sys.stderr)
+    """Writes one line for the user on stderr, which a command says only once; stdout belongs to paths and JSON."""
+    line, given = " ".join(text.split()), _given.get()
+    if given is not None:
+        if line in given:
+            return
+        given.add(line)
+    print(f"notice: {line}", file=sys.stderr)
 
 
 @contextmanager
@@ -35,6 +45,7 @@ def one_line_errors() -> Iterator[None]:
 
     Everything else is a defect of the program and keeps its traceback.
     """
+    outer = _given.set(set())
     try:
         yield
     except (ValueError, OSError, SafetensorError) as error:
@@ -47,6 +58,8 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(INTERRUPTED) from None
     else:
         return
+    finally:
+        _given.reset(outer)
     print(f"error: {text}", file=sys.stderr)
     raise SystemExit(FAULT)
 

@@ -163,6 +163,13 @@ def checked_negatives(negative: str | Sequence[str] | None, prompts: int, copies
     return tuple(_clean(text) for text in negatives for _ in range(copies))
 
 
+def checked_seeds(seed: int, count: int) -> range:
+    """The seeds of so many pictures. Raises ValueError for one that no generator takes."""
+    if not 0 <= seed <= MAX_SEED - count:
+        raise ValueError(f"seed is {seed}; give a number from 0 to {MAX_SEED - count}")
+    return range(seed, seed + count)
+
+
 def _clean(text: str) -> str:
     if len(text) > MAX_PROMPT:
         raise ValueError(f"a prompt has {len(text)} characters; give at most {MAX_PROMPT}")

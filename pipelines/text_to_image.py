@@ -20,7 +20,7 @@ from pipelines.errors import notice
 from pipelines.image_to_image import ImageSource, InitImage, Start, open_init, start_from
 from pipelines.loading import Model, load_model, save_model
 from pipelines.lora import LoRA, apply_loras, read_lora
-from pipelines.request import MAX_SEED, Request, checked_negatives, checked_prompts, find_sampler, takes_eta
+from pipelines.request import Request, checked_negatives, checked_prompts, checked_seeds, find_sampler, takes_eta
 from pipelines.runtime import (
     CudaGraph,
     compile_in_place,
@@ -338,9 +338,7 @@ class TextToImagePipeline:
         if seed != 0 and (generator is not None or has_latents):
             raise ValueError("seed goes with neither generator nor latents; leave out one of them")
         if generator is None:
-            if not 0 <= seed <= MAX_SEED - count:
-                raise ValueError(f"seed is {seed}; give a number from 0 to {MAX_SEED - count}")
-            seeds = range(seed, seed + count)
+            seeds = checked_seeds(seed, count)
             return [Generator().manual_seed(each) for each in seeds], [None] * count if has_latents else list(seeds)
         if isinstance(generator, Generator):
             return generator, [None] * count

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 import pipelines
-from pipelines import cli, errors
+from pipelines import TextToImagePipeline, cli, errors
 from pipelines.png import read_record
 
 Run = Callable[..., tuple[int, str, str]]
@@ -71,6 +71,31 @@ def test_several_pictures_have_their_own_seeds_and_names(run: Run) -> None:
     assert [read_record(Path(f"x-{index}.png"))["seed"] for index in range(2)] == [3, 4]
     alone, second = (Image.open(path).tobytes() for path in ("alone.png", "x-1.png"))
     assert max(abs(one - two) for one, two in zip(alone, second, strict=True)) <= 1
+
+
+def test_pictures_are_written_batch_by_batch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that those there are stay if the rest is interrupted; what there is to say is said once for all."""
+    monkeypatch.setattr("pipelines.text_to_image.BATCH", 2)
+    options = "a house", "-n", "3", "--seed", "5", "--width", "96"
+    code, out, err = run(*options, "-o", "x.png", "--json")
+    *paths, last = out.splitlines()
+    assert (code, paths) == (0, ["x-0.png", "x-1.png", "x-2.png"])
+    assert err == "notice: 96x64 is far from the 64x64 that the model was trained at\n"
+    assert json.loads(last)["pictures"] == [{"path": path, "seed": 5 + i} for i, path in enumerate(paths)]
+    assert [read_record(Path(path))["seed"] for path in paths] == [5, 6, 7]
+
+    render, calls = TextToImagePipeline.__call__, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["seed"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return render(*args, **kwargs)
+
+    monkeypatch.setattr(TextToImagePipeline, "__call__", interrupted)
+    code, out, _ = run(*options, "-o", "y.png")
+    assert (code, out, calls) == (130, "y-0.png\ny-1.png\n", [5, 7])
+    assert [Path(f"y-{i}.png").read_bytes() == Path(f"x-{i}.png").read_bytes() for i in range(2)] == [True, True]
 
 
 def test_the_record_says_how_the_picture_was_made(run: Run, model_folder: Path) -> None:
