@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from cached_encodings import CaptionedLatents, sample_posterior
 from torch import Tensor, nn
-from train_unet import UNetTrainingConfig
 from unet_objective import Objective
+from unet_training_config import UNetTrainingConfig
 
 from benchmarking import rivals
 from benchmarking.workloads import Setup, Side, Sides, ours_like, size_of

@@ -58,13 +58,14 @@ def configured(preset: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
     """The training script of a preset, and its config with `settings` in it: options by their dotted names."""
     import train_autoencoder
     import train_unet
+    from unet_training_config import UNetTrainingConfig
 
     from ldm.training.command_line import parse_config
 
     if preset == "picturebook_autoencoder":
         script, config_class = train_autoencoder, train_autoencoder.AutoencoderTrainingConfig
     else:
-        script, config_class = train_unet, train_unet.UNetTrainingConfig
+        script, config_class = train_unet, UNetTrainingConfig
     options = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
     return script, parse_config(config_class, "", ["--config", str(CONFIGS / f"{preset}.yaml"), *options])
 

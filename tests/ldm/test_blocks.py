@@ -253,15 +253,15 @@ def test_a_stock_network_is_written_in_diffusers_keys_alone() -> None:
     ],
 )
 def test_each_variant_has_a_preset(name: str, field: str, value: str) -> None:
-    import train_unet
+    import unet_training_config
 
     from ldm.training.command_line import parse_config
 
-    configs = Path(train_unet.__file__).parent / "configs"
+    configs = Path(unet_training_config.__file__).parent / "configs"
 
     def model(*files: str) -> UNetConfig:
         arguments = [f"--config={configs / file}" for file in files]
-        config: UNetConfig = parse_config(train_unet.UNetTrainingConfig, "", arguments).model
+        config: UNetConfig = parse_config(unet_training_config.UNetTrainingConfig, "", arguments).model
         return config
 
     def parameters(config: UNetConfig) -> int:

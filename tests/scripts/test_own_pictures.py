@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import forget_accelerator
 from train_autoencoder import AutoencoderTrainingConfig
-from train_unet import UNetTrainingConfig
+from unet_training_config import UNetTrainingConfig
 
 from autoencoder import AutoencoderConfig, VQAutoencoderConfig
 from ldm.training.command_line import parse_config

@@ -12,7 +12,7 @@ import unet_objective
 from safetensors.torch import load_file
 from tiny_models import TINY_UNET, forget_accelerator
 from torch import Tensor
-from train_unet import UNetTrainingConfig
+from unet_training_config import UNetTrainingConfig
 
 from ldm.training.loop import LoopConfig
 

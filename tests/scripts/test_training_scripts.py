@@ -25,7 +25,7 @@ from tiny_models import TINY_AUTOENCODER, TINY_CLIP, TINY_UNET, forget_accelerat
 from torch import Tensor, nn
 from train_autoencoder import AdversaryConfig, AutoencoderTrainingConfig
 from train_clip import ClipConfig, ClipTrainingConfig
-from train_unet import UNetTrainingConfig
+from unet_training_config import UNetTrainingConfig
 
 from autoencoder import (
     Autoencoder,
