@@ -4,6 +4,7 @@
     python scripts/reproduce.py ddim                   steps and eta (Song et al. 2020, table 1)
     python scripts/reproduce.py ddim-pixels            the same with a small model of pixels
     python scripts/reproduce.py guidance               w and p_uncond (Ho and Salimans 2022, table 1)
+    python scripts/reproduce.py guidance-small         the same with small models trained from nothing
     python scripts/reproduce.py objectives             schedule and loss (Nichol and Dhariwal 2021, tables 1 and 2)
     python scripts/reproduce.py autoencoders           factor and discriminator (Rombach et al. 2022, table 8)
         [--out runs/reproduce] [--json] [--pictures N] [--training-steps N] [--rows ROW ...] [--columns COLUMN ...]
@@ -33,6 +34,7 @@ TABLES = {
     "ddim": ddim.LATENTS,
     "ddim-pixels": ddim.PIXELS,
     "guidance": guidance.TABLE,
+    "guidance-small": guidance.SMALL,
     "objectives": objectives.TABLE,
     "autoencoders": autoencoders.TABLE,
 }

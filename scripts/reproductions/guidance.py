@@ -1,8 +1,9 @@
 """FID against an inception-style score, by guidance and share of empty captions (Ho and Salimans 2022, table 1)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evaluation.metrics import inception_score
 
@@ -10,7 +11,16 @@ from ldm.samplers import sample_ddim
 from pipelines import TextToImagePipeline
 from pipelines.loading import DEFAULT_MODEL
 from reproductions.measure import REAL, fid, kind_logits, real_pictures
-from reproductions.models import BATCH, PASSES_OF_A_STEP, SIDE, default_model, render, seconds_a_pass, trained
+from reproductions.models import (
+    BATCH,
+    PASSES_OF_A_STEP,
+    SIDE,
+    default_model,
+    render,
+    seconds_a_pass,
+    seconds_a_pass_of,
+    trained,
+)
 from reproductions.plot import curves
 from reproductions.table import SAME_CAPTIONS, Cell, Claim, Paper, Results, Setup, Table, along, fingerprint, rises
 
@@ -26,6 +36,14 @@ LITTLE = 0.5
 STEPS = 20
 SCORE = "inception-style score"
 WEIGHTS = (DEFAULT_MODEL / "unet", DEFAULT_MODEL / "vae", DEFAULT_MODEL / "text_encoder")
+SMALL_WEIGHTS = WEIGHTS[1:]
+SMALL_PRESET = "picturebook_unet"
+SMALL_SETTINGS: dict[str, Any] = {
+    "autoencoder": str(DEFAULT_MODEL),
+    "text_encoder": str(DEFAULT_MODEL),
+    "model.block_out_channels": [32, 64, 96],
+    "loop.ema_decay": 0.995,
+}
 
 
 def model(share: str, setup: Setup) -> TextToImagePipeline:
@@ -47,22 +65,47 @@ def model(share: str, setup: Setup) -> TextToImagePipeline:
     return TextToImagePipeline.from_pretrained(trained(folder, "own_128_unet", SIDE, setup.training_steps, settings))
 
 
+def small_model(share: str, setup: Setup) -> TextToImagePipeline:
+    """A small U-Net that has learned from nothing, with that share of empty captions, the default model's latents."""
+    folder = setup.out / f"guidance-small-{share}-{setup.training_steps}steps-from-{fingerprint(*SMALL_WEIGHTS)}"
+    settings = {**SMALL_SETTINGS, "objective.caption_dropout": float(share)}
+    return TextToImagePipeline.from_pretrained(trained(folder, SMALL_PRESET, SIDE, setup.training_steps, settings))
+
+
 def measure(cell: Cell, setup: Setup) -> dict[str, float]:
-    w, share = cell
-    pipe = model(share, setup)
+    return figures_of(model(cell[1], setup), cell, setup)
+
+
+def measure_small(cell: Cell, setup: Setup) -> dict[str, float]:
+    return figures_of(small_model(cell[1], setup), cell, setup)
+
+
+def figures_of(pipe: TextToImagePipeline, cell: Cell, setup: Setup) -> dict[str, float]:
+    w, _ = cell
     captions = real_pictures(setup.pictures, SIDE, REAL).captions
     images = render(pipe, captions, sample_ddim, pipe.schedule.timesteps(STEPS, "trailing"), scale=float(w) + 1)
     return {"FID": fid(images), SCORE: inception_score(kind_logits(images))}
 
 
-def seconds(cells: Sequence[Cell], setup: Setup) -> float:
+def passes(cells: Sequence[Cell], setup: Setup, models: int) -> int:
+    """Of rendering the cells and of training so many models."""
     rendering = sum(setup.pictures * STEPS * (1 if w == "0" else 2) for w, _ in cells)
-    models = {share for _, share in cells} - {OWN}
-    return (rendering + len(models) * setup.training_steps * BATCH * PASSES_OF_A_STEP) * seconds_a_pass(default_model())
+    return rendering + models * setup.training_steps * BATCH * PASSES_OF_A_STEP
+
+
+def seconds(cells: Sequence[Cell], setup: Setup) -> float:
+    return passes(cells, setup, len({share for _, share in cells} - {OWN})) * seconds_a_pass(default_model())
+
+
+def seconds_of_small(cells: Sequence[Cell], setup: Setup) -> float:
+    a_pass = seconds_a_pass_of(SMALL_PRESET, SMALL_SETTINGS, default_model().unet.config.sample_size)
+    return passes(cells, setup, len({share for _, share in cells})) * a_pass
 
 
 def panel(axes: "Axes", results: Results) -> None:
     """FID over the score, a curve for each share, along which w rises."""
+    from matplotlib.ticker import MaxNLocator
+
     at = {share: {w: figures for (w, column), figures in results.items() if column == share} for share in SHARES}
     curves(
         axes,
@@ -75,6 +118,7 @@ def panel(axes: "Axes", results: Results) -> None:
         if w in SHOWN:
             axes.annotate(f"w={w}", (figures[SCORE], figures["FID"]), textcoords="offset points", xytext=(5, 4))
     axes.set(xlabel=SCORE, ylabel="FID")
+    axes.xaxis.set_major_locator(MaxNLocator(5))  # where the scores hardly differ, each has many digits
 
 
 def _best_w(results: Results, share: str) -> float:
@@ -170,4 +214,17 @@ TABLE = Table(
         f"w is guidance - 1; sampling takes {STEPS} steps of DDIM.",
     ),
     weights=WEIGHTS,
+)
+SMALL = replace(
+    TABLE,
+    title="FID against an inception-style score over guidance, small models trained from nothing",
+    measure=measure_small,
+    seconds=seconds_of_small,
+    training_steps=1500,
+    notes=(
+        *TABLE.notes[:2],
+        "Each p_uncond has a model of its own, with the default model's autoencoder and text encoder. "
+        f"w is guidance - 1; sampling takes {STEPS} steps of DDIM.",
+    ),
+    weights=SMALL_WEIGHTS,
 )

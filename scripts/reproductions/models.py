@@ -16,8 +16,10 @@ from torch import Generator, Tensor
 from ldm.denoiser import Denoiser, make_denoiser
 from ldm.guidance import classifier_free
 from ldm.samplers import Sampler
+from ldm.unet import UNet
 from pipelines import TextToImagePipeline
 from pipelines.loading import DEFAULT_MODEL
+from pipelines.runtime import pick_device, pick_dtype, prepare
 from text_encoder import encode_prompts
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -124,6 +126,18 @@ def seconds_a_pass(pipe: TextToImagePipeline) -> float:
     x = torch.zeros(BATCH, *_latent_shape(pipe), device=pipe.device)
     denoise = denoiser(pipe, [""] * BATCH)
     return seconds_taken(lambda: denoise(x, torch.zeros(BATCH, dtype=torch.float64, device=pipe.device))) / BATCH
+
+
+def seconds_a_pass_of(preset: str, settings: Mapping[str, Any], side: int, dtype: torch.dtype | None = None) -> float:
+    """The same of a U-Net that is yet to be trained, on side x side positions; `dtype` None is the fastest."""
+    _, config = configured(preset, settings)
+    device = pick_device(None)
+    unet = UNet(config.model)
+    prepare(unet, device, dtype or pick_dtype(None, device))
+    weights = next(unet.parameters())
+    x = weights.new_zeros(BATCH, config.model.in_channels, side, side)
+    context = weights.new_zeros(BATCH, 77, config.model.cross_attention_dim)
+    return seconds_taken(lambda: unet(x, torch.zeros(BATCH, device=device), context)) / BATCH
 
 
 @torch.no_grad()

@@ -11,9 +11,8 @@ from ldm.likelihood import bound
 from ldm.samplers import sample_ddpm
 from pipelines import TextToImagePipeline
 from pipelines.loading import DEFAULT_MODEL
-from pipelines.runtime import prepare
 from reproductions.measure import OTHERS, fid, real_pictures
-from reproductions.models import BATCH, PASSES_OF_A_STEP, configured, denoiser, render, seconds_taken, trained
+from reproductions.models import BATCH, PASSES_OF_A_STEP, denoiser, render, seconds_a_pass_of, trained
 from reproductions.plot import bars
 from reproductions.table import Cell, Claim, Paper, Results, Setup, Table
 
@@ -40,6 +39,7 @@ CELLS: tuple[Cell, ...] = (
 HYBRID_TO_SIMPLE = [((schedule, "hybrid"), (schedule, "simple")) for schedule in SCHEDULES]
 COSINE_TO_LINEAR = [(("cosine", objective), ("linear", objective)) for objective in ("simple", "hybrid")]
 NLL = "NLL (bits/dim)"
+PRESET = "picturebook_iddpm"
 T = 1000
 STEPS = 100
 MOST_BOUNDED = 32  # pictures whose NLL is measured: it takes T passes each, and varies little
@@ -73,7 +73,7 @@ def settings(cell: Cell) -> dict[str, Any]:
 
 def model(cell: Cell, setup: Setup) -> TextToImagePipeline:
     folder = setup.out / f"pixels-{'-'.join(cell)}-{setup.training_steps}steps"
-    made = trained(folder, "picturebook_iddpm", SIZE, setup.training_steps, settings(cell))
+    made = trained(folder, PRESET, SIZE, setup.training_steps, settings(cell))
     return TextToImagePipeline.from_pretrained(made, dtype="float32")
 
 
@@ -103,18 +103,7 @@ def nll(pipe: TextToImagePipeline, setup: Setup) -> float:
 
 
 def seconds_a_pass(cell: Cell) -> float:
-    """How long the U-Net of a cell takes for one picture, in a batch: measured."""
-    from ldm.unet import UNet
-
-    _, config = configured("picturebook_iddpm", settings(cell))
-    unet = UNet(config.model)
-    prepare(unet, torch.device("cpu"), torch.float32)
-    inputs = (
-        torch.zeros(BATCH, 3, SIZE, SIZE),
-        torch.zeros(BATCH),
-        torch.zeros(BATCH, 77, unet.config.cross_attention_dim),
-    )
-    return seconds_taken(lambda: unet(*inputs)) / BATCH
+    return seconds_a_pass_of(PRESET, settings(cell), SIZE, torch.float32)
 
 
 def seconds(cells: Sequence[Cell], setup: Setup) -> float:

@@ -73,6 +73,7 @@ def test_every_claim_is_one_of_the_papers() -> None:
         ("ddim-pixels", "CIFAR-10"): ["yes"] * 5,
         ("ddim-pixels", "CelebA"): ["yes"] * 5,
         ("guidance", "ImageNet 64x64"): ["yes"] * 4,
+        ("guidance-small", "ImageNet 64x64"): ["yes"] * 4,
         ("objectives", "ImageNet 64x64"): ["yes"] * 5,
         ("objectives", "CIFAR-10"): ["yes", "yes", "yes", "yes", "no"],
         ("autoencoders", "LDM, KL"): ["yes", "yes", "-", "-"],
@@ -459,6 +460,19 @@ def test_guidance(
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.usefixtures("tiny")
+def test_guidance_with_small_models(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smaller = {f"model.{name}": value for name, value in TINY_UNET.items()}
+    parts = {"autoencoder": str(tiny_model), "text_encoder": str(tiny_model)}
+    monkeypatch.setattr(guidance, "SMALL_SETTINGS", {**guidance.SMALL_SETTINGS, **smaller, **parts})
+    arguments = ("--rows", "0", "1", "--columns", "0.1", "0.5", "--training-steps", "1")
+    numbers = made_table(monkeypatch, capsys, tmp_path, "guidance-small", *arguments)
+    assert len(numbers["figures"]["here"]) == 4
+    assert len(list(tmp_path.glob("guidance-small-*-1steps-from-*/model"))) == 2  # each share has learned for itself
+
+
 def test_guidance_trains_and_renders_as_a_cell_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
@@ -486,6 +500,10 @@ def test_guidance_trains_and_renders_as_a_cell_says(tmp_path: Path, monkeypatch:
     asked.clear()
     guidance.measure(("0", "0.1"), Setup(tmp_path, 3, 7))  # the default model itself
     assert asked == {"scale": 1, "captions": real.captions}
+    guidance.measure_small(("3", "0.1"), Setup(tmp_path, 3, 7))
+    assert asked["folder"] == f"guidance-small-0.1-7steps-from-{fingerprint(*guidance.SMALL_WEIGHTS)}"
+    assert (asked["preset"], asked["objective.caption_dropout"], asked["scale"]) == ("picturebook_unet", 0.1, 4)
+    assert (asked["autoencoder"], "init" in asked) == (str(DEFAULT_MODEL), False)
 
 
 @pytest.mark.usefixtures("tiny")
