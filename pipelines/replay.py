@@ -1,11 +1,9 @@
 """How a picture was made, as its file says, and making it again from that."""
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,15 +16,13 @@ from torch import Generator
 from pipelines import __version__
 from pipelines.image_to_image import open_init
 from pipelines.json_files import naming_file
-from pipelines.loading import DEFAULT_MODEL, Model, find_model, weight_files
+from pipelines.loading import DEFAULT_MODEL, find_model, weight_files
 from pipelines.png import read_record, weights_sha256
 from pipelines.request import MAX_SEED, OPTIONS, Request
 from pipelines.runtime import pick_device
 from pipelines.text_to_image import BATCH, TextToImageOutput, TextToImagePipeline
 
 FilePath = str | os.PathLike[str]
-TOLD_APART = {"prediction_type", "class_name", "use_karras_sigmas", "use_exponential_sigmas"}
-"""Of a scheduler's config, what a picture's record tells as its prediction, sampler and spacing."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -47,7 +43,7 @@ class Record(BaseModel, frozen=True, extra="ignore"):
     """All that a picture depends on, as its PNG file holds it in JSON.
 
     `sha256` is that of the model's weights files, `configs_sha256` that of the rest of the model
-    (the function of that name). `batch` is how many pictures went through the networks together: a kernel's
+    (`pipelines/configs_digest.py`). `batch` is how many pictures went through the networks together: a kernel's
     rounding may depend on it. Earlier versions left `spacing`, `prediction`, `ema` and `configs_sha256` at None.
     """
 
@@ -149,29 +145,10 @@ def _reading(pipe: TextToImagePipeline) -> dict[str, Any]:
     """How the pipeline reads its model's weights, by the names of `Record`; `spacing` where a request does not say."""
     return {
         "spacing": pipe.own_spacing,
-        "configs_sha256": configs_sha256(pipe.model),
+        "configs_sha256": pipe.configs_sha256,
         "prediction": pipe.model.scheduler.prediction_type,
         "ema": pipe.ema,
     }
-
-
-def configs_sha256(model: Model) -> str:
-    """One digest of what the configs of all parts say, but for `TOLD_APART`, and of the tokenizer's files.
-
-    Raises:
-        OSError: a file of the tokenizer is there no more.
-    """
-    # Without the defaults, so that what a later version adds to a config changes no digest.
-    dump = partial(BaseModel.model_dump, mode="json", exclude_defaults=True)
-    files = [file for file in model.tokenizer_folder.iterdir() if file.suffix in (".json", ".txt")]
-    said = {
-        "unet": dump(model.unet.config),
-        "vae": dump(model.autoencoder.config),
-        "text_encoder": dump(model.text_encoder.config),
-        "scheduler": dump(model.scheduler, exclude=TOLD_APART),
-        "tokenizer": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
-    }
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def render(

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from ldm.hardware import fit_threads_to_quota, keep_freed_memory
 from ldm.pictures import to_pil
 from ldm.samplers import StepInfo
 from ldm.schedule import Spacing
+from pipelines.configs_digest import configs_sha256
 from pipelines.denoising import make_guided
 from pipelines.errors import notice
 from pipelines.image_to_image import ImageSource, InitImage, Start, open_init, start_from
@@ -315,6 +316,11 @@ class TextToImagePipeline:
     def own_spacing(self) -> Spacing:
         """How the model spaces the steps' times, unless a request says otherwise."""
         return self.settings.spacing or self.model.scheduler.spacing
+
+    @cached_property
+    def configs_sha256(self) -> str:
+        """That of the model (`pipelines.configs_digest`), which every picture's record has."""
+        return configs_sha256(self.model)
 
     @property
     def inpaints(self) -> bool:

@@ -1,7 +1,9 @@
 """Files that a script is asked to write, checked before it begins, so that no result is lost to a bad name."""
 
+from functools import partial
 from pathlib import Path
 
+from pipelines.json_files import naming_file
 from pipelines.png import check_place
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -11,10 +13,7 @@ def check_file(option: str, file: Path | None) -> None:
     """Raises ValueError unless a file could lie there; None is no file."""
     if file is None:
         return
-    try:
-        check_place(file)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from None
+    naming_file(Path(option), partial(check_place, file))
 
 
 def check_picture(option: str, file: Path | None) -> None:

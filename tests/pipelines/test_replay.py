@@ -14,11 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipelines import TextToImagePipeline
+from pipelines.configs_digest import configs_sha256
 from pipelines.convert import convert
 from pipelines.key_map import UNET, ema_name
 from pipelines.loading import load_model
 from pipelines.png import read_record, write_png
-from pipelines.replay import Record, Source, configs_sha256, make_records, replay
+from pipelines.replay import Record, Source, make_records, replay
 
 OPTIONS: dict[str, Any] = {"num_inference_steps": 2, "negative_prompt": "blue"}
 
