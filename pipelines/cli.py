@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,6 +27,17 @@ Prediction = Annotated[
 ]
 EMA = Annotated[bool, typer.Option("--ema", help="Of a single file, take the moving average of the U-Net's weights.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read a .ckpt; nothing but its tensors is built.")]
+
+CALLED = {
+    "negative": "negative_prompt",
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "rescale": "guidance_rescale",
+    "syntax": "prompt_syntax",
+    "init": "image",
+    "mask": "mask_image",
+}
+"""How a pipeline's call names the options that it does not name as the command line does."""
 
 app = typer.Typer(name="ldm", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -149,36 +161,50 @@ def render(
         return pipe
 
     options: dict[str, Any] = {
+        "negative": negative,
+        "steps": steps,
+        "guidance": guidance,
+        "rescale": rescale,
         "sampler": sampler,
         "eta": eta,
         "width": width,
         "height": height,
+        "syntax": syntax,
         "clip_skip": clip_skip,
         "tiled": tiled,
         "spacing": spacing,
+        "init": None if init is None else str(init),
+        "mask": None if mask is None else str(mask),
+        "strength": strength,
         "guidance_interval": guidance_interval,
         "reuse": reuse,
         "merge_tokens": merge_tokens,
-        "strength": strength,
     }
-    if prompts is not None:
-        options |= {
-            "negative": negative,
-            "count": count,
-            "steps": steps,
-            "guidance": guidance,
-            "rescale": rescale,
-            "syntax": syntax,
-            "init": None if init is None else str(init),
-            "mask": None if mask is None else str(mask),
-        }
+    if prompt is not None:
+        made = _render_prompt(prompt, output, seed, count, options, strict_tokens, partial(load, device))
+    else:
+        assert prompts is not None
         if strict_tokens:
             raise ValueError("--strict-tokens goes with one prompt; leave it out with --prompts")
-        done = _render_file(prompts, output, seed, options, device, load)
-        if as_json:
-            print(json.dumps({"pictures": done, "seconds": round(time.perf_counter() - began, 3)}))
-        return
-    assert prompt is not None
+        made = _render_file(prompts, output, seed, {**options, "count": count}, device, load)
+    if as_json:
+        print(json.dumps({**made, "seconds": round(time.perf_counter() - began, 3)}))
+
+
+def _render_prompt(
+    prompt: str,
+    output: Path | None,
+    seed: int,
+    count: int,
+    options: dict[str, Any],
+    strict_tokens: bool,
+    load: Callable[[], "TextToImagePipeline"],
+) -> dict[str, Any]:
+    """Renders pictures of one prompt, prints the path of each, and returns what `--json` tells of them.
+
+    `options` are named as on the command line. Raises ValueError for what is wrong with them: as far as that is seen
+    without the model, before `load` reads it.
+    """
     from pipelines.png import check_writable
     from pipelines.request import MAX_PICTURES, checked_seeds
 
@@ -192,11 +218,14 @@ def render(
     from pipelines.image_to_image import open_init
     from pipelines.text_to_image import BATCH
 
-    source = open_init(init, mask, strength)  # what is wrong with it is told before a big model is read
-    pipe = load(device)
+    init, mask, steps = options["init"], options["mask"], options["steps"]
+    source = open_init(init, mask, options["strength"])
+    pipe = load()
     total = pipe.settings.steps if steps is None else min(steps, pipe.schedule.steps)  # more are refused
+    arguments = {CALLED.get(name, name): value for name, value in options.items()}
     if source is not None:
         total = int(total * source.strength)
+        arguments |= {"image": source.picture, "mask_image": source.mask}
     # Batch by batch, so that what is there stays if the rest is interrupted.
     batches = [slice(start, start + BATCH) for start in range(0, count, BATCH)]
     records = []
@@ -204,23 +233,15 @@ def render(
         for batch in batches:
             out = pipe(
                 prompt,
-                negative_prompt=negative,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                guidance_rescale=rescale,
                 num_images_per_prompt=len(paths[batch]),
                 seed=seeds[batch][0],
-                image=None if source is None else source.picture,
-                mask_image=None if source is None else source.mask,
                 on_step=on_step,
-                prompt_syntax=syntax,
                 strict_tokens=strict_tokens,
-                **options,
+                **arguments,
             )
             records.append(write_pictures(pipe, out, paths[batch], init, mask))
-    if as_json:
-        pictures = [{"path": str(path), "seed": each} for path, each in zip(paths, seeds, strict=True)]
-        print(json.dumps({"pictures": pictures, "seconds": round(time.perf_counter() - began, 3), **records[0]}))
+    pictures = [{"path": str(path), "seed": each} for path, each in zip(paths, seeds, strict=True)]
+    return {"pictures": pictures, **records[0]}
 
 
 def _parse_lora(text: str) -> tuple[Path, float]:
@@ -236,8 +257,8 @@ def _render_file(
     options: dict[str, Any],
     device: str | None,
     load: Callable[["str | torch.device | None"], "TextToImagePipeline"],
-) -> list[dict[str, Any]]:
-    """Renders a file of prompts, prints the path of each picture, and returns them all."""
+) -> dict[str, Any]:
+    """Renders a file of prompts, prints the path of each picture, and returns what `--json` tells of them."""
     from tqdm import tqdm
 
     from pipelines.prompt_file import device_of, open_folder, process_of, read_prompts, render_prompts
@@ -251,7 +272,7 @@ def _render_file(
     for picture in tqdm(pictures, desc="render", unit="picture", leave=False, disable=not sys.stderr.isatty()):
         print(picture.path)
         done.append({"path": str(picture.path), "seed": picture.seed, "rendered": picture.rendered})
-    return done
+    return {"pictures": done}
 
 
 @app.command()
@@ -348,7 +369,7 @@ def output_paths(output: Path | None, prompt: str, seed: int, count: int) -> lis
 
 
 def write_pictures(
-    pipe: "TextToImagePipeline", out: "TextToImageOutput", paths: Sequence[Path], init: Path | None, mask: Path | None
+    pipe: "TextToImagePipeline", out: "TextToImageOutput", paths: Sequence[Path], init: str | None, mask: str | None
 ) -> dict[str, Any]:
     """Writes the pictures, prints their paths, and returns the record that they share (all but the seed)."""
     from pipelines.png import write_png

@@ -425,7 +425,7 @@ def test_shortcuts_are_judged_on_the_default_model(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(
         sys,
         "argv",
-        ["benchmark.py", "shortcuts", "--pictures", "4", "--pairs", "1", "--json", str(tmp_path / "result.json")],
+        ["benchmark.py", "shortcuts", "--pictures", "2", "--pairs", "1", "--json", str(tmp_path / "result.json")],
     )
     benchmark.main()
     exact, limited, short = json.loads((tmp_path / "result.json").read_text())["results"]
@@ -435,7 +435,7 @@ def test_shortcuts_are_judged_on_the_default_model(tmp_path: Path, monkeypatch: 
     inside = ((sigma / alpha > 0.28) & (sigma / alpha <= 2.9)).sum().item()
     assert limited["evaluations"] == 20 + inside
     assert exact["psnr"] is None
-    prompts = from_picturebook(4, shortcuts.SEED, 64).prompts
+    prompts = from_picturebook(2, shortcuts.SEED, 64).prompts
     pictures = [
         np.stack(pipe(prompts, **{"sampler": "ddim", **options}).images).astype(float) for options in few.values()
     ]

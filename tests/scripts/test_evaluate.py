@@ -464,7 +464,7 @@ def test_the_default_models_card_shows_its_recorded_scores() -> None:
 
 def test_the_default_model_draws_what_it_is_told() -> None:
     pipe = TextToImagePipeline.from_pretrained()
-    real = real_pictures.from_picturebook(24, 7, pipe.own_size[0])
+    real = real_pictures.from_picturebook(16, 7, pipe.own_size[0])
     network = open_network("judge", pipe.device)
     found = measurements.measure(pipe, real, network)
     result, readings = evaluate.judgements(real, found)
@@ -472,6 +472,5 @@ def test_the_default_model_draws_what_it_is_told() -> None:
     assert result["controls"]["reconstructions"] >= 0.9
     assert result["controls"]["another picture's caption"] == 0
     assert result["controls"]["noise"] == 0
-    # Chance is 1 in 8. The model card has the measured scores.
-    assert result["guidance 3"]["per attribute"]["background"] >= 0.5
+    assert result["guidance 3"]["accuracy"] >= 0.75  # of sixteen; the model card has it of a thousand
     assert report.Gallery in {type(each) for each in exhibits.galleries(real, network, found, readings)}

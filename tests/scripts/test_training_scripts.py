@@ -837,29 +837,56 @@ def test_a_unet_that_does_not_take_what_it_is_given_is_refused_before_all_is_enc
         train_unet.train(config)
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "vq", "clip", "unet"])
+@pytest.mark.parametrize(
+    ("stage", "first", "then"),
+    [
+        ("autoencoder", 2, None),
+        ("vq", 2, None),
+        ("clip", 2, None),
+        ("unet", 2, 1),
+        ("unet", 1, 2),
+    ],
+)
 def test_two_processes_train_as_one(
-    stage: str, trained_autoencoder: Path, trained_clip: Path, data_folder: Path, tmp_path: Path
+    stage: str,
+    first: int,
+    then: int | None,
+    trained_autoencoder: Path,
+    trained_clip: Path,
+    data_folder: Path,
+    tmp_path: Path,
 ) -> None:
-    """Real ones: the losses of each step are those of a single process, and with them all that led there."""
-    loop = loop_config(tmp_path / "one", steps=3, gradient_accumulation=2)
+    """Real ones: the losses of each step are those of a single process, and with them all that led there; also where
+    after the first step another number of them goes on."""
     module: Any = {"clip": train_clip, "unet": train_unet}.get(stage, train_autoencoder)
-    autoencoder = autoencoder_config(tmp_path / "one", data_folder)
+    autoencoder = autoencoder_config(tmp_path, data_folder)
     config: Any = {
         "autoencoder": autoencoder,
         "vq": autoencoder.model_copy(update={"vq": TINY_VQ}),
-        "clip": ClipTrainingConfig(data=DataConfig(path=str(data_folder), size=32), loop=loop, model=TINY_CLIP),
-        "unet": unet_config(tmp_path / "one", data_folder, trained_autoencoder, trained_clip),
+        "clip": ClipTrainingConfig(data=autoencoder.data, loop=autoencoder.loop, model=TINY_CLIP),
+        "unet": unet_config(tmp_path, data_folder, trained_autoencoder, trained_clip),
     }[stage]
-    config = config.model_copy(update={"loop": loop})
-    forget_accelerator()
-    module.train(config)
-    both = config.model_copy(update={"loop": loop.model_copy(update={"out": str(tmp_path / "two")})})
-    (tmp_path / "two.yaml").write_text(both.model_dump_json(exclude_defaults=True))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", module.__file__]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, "--config", tmp_path / "two.yaml"], env=environment, check=True, timeout=300)
-    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+
+    def train(processes: int, name: str, minutes: float | None = None) -> list[dict[str, float]]:
+        loop = loop_config(tmp_path / name, steps=3, gradient_accumulation=2, minutes=minutes)
+        whole = config.model_copy(update={"loop": loop})
+        if processes == 1:
+            forget_accelerator()
+            module.train(whole)
+        else:
+            file = tmp_path / f"{name}.yaml"
+            file.write_text(whole.model_dump_json(exclude_defaults=True))
+            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, *launch, module.__file__, "--config", file]
+            subprocess.run(command, env=environment, check=True, timeout=300)
+        return log_of(tmp_path / name)
+
+    one = train(1, "one")
+    two = train(first, "two", None if then is None else 1e-9)
+    if then is not None:
+        assert [line["step"] for line in two] == [1]
+        two = train(then, "two")
     assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3]
     for alone, shared in zip(one, two, strict=True):
         assert alone.keys() == shared.keys()
