@@ -80,11 +80,6 @@ class Request:
         """Index of the first step that is made: an image to start from stands for those before (as in diffusers)."""
         return 0 if self.strength is None else self.steps - int(self.steps * self.strength)
 
-    @property
-    def evaluates_alike(self) -> bool:
-        """Whether every evaluation of the network is the same computation, at another time."""
-        return self.guidance_interval is None and self.reuse == 1
-
     def check_steps(self, most: int) -> None:
         """Raises ValueError unless 1 <= steps <= `most`."""
         if not 1 <= self.steps <= most:

@@ -440,7 +440,8 @@ class TextToImagePipeline:
     ) -> Tensor:
         scheduler, first = self.model.scheduler, grid[0].item()
         denoise = make_guided(self.unet, self.schedule, scheduler, request, contexts, start, first)
-        if self.compiled and self.device.type == "cuda" and len(contexts) == 1 and request.evaluates_alike:
+        alike = request.guidance_interval is None  # what else a recording could not follow is refused with compile
+        if self.compiled and self.device.type == "cuda" and len(contexts) == 1 and alike:
             denoise = CudaGraph(denoise)  # of one part alone, since each graph has memory of its own
         options = {"eta": request.eta} if takes_eta(request.sampler) else {}
         sample = find_sampler(request.sampler)

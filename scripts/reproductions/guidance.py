@@ -220,7 +220,7 @@ SMALL = replace(
     title="FID against an inception-style score over guidance, small models trained from nothing",
     measure=measure_small,
     seconds=seconds_of_small,
-    training_steps=1500,
+    training_steps=2000,
     notes=(
         *TABLE.notes[:2],
         "Each p_uncond has a model of its own, with the default model's autoencoder and text encoder. "

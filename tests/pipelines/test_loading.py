@@ -1,5 +1,6 @@
 import inspect
 import json
+import math
 import os
 import pickle
 import shutil
@@ -150,6 +151,7 @@ def test_a_huge_json_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         ("text_encoder/config.json", "hidden_size", 1e308),
         ("scheduler/scheduler_config.json", "beta_schedule", "sigmoid"),
         ("scheduler/scheduler_config.json", "clip_sample_range", 0),
+        ("scheduler/scheduler_config.json", "clip_sample_range", math.inf),
         ("scheduler/scheduler_config.json", "thresholding", True),
         ("scheduler/scheduler_config.json", "trained_betas", [0.1]),
         ("scheduler/scheduler_config.json", "num_train_timesteps", 10**12),
