@@ -59,7 +59,6 @@ def model(share: str, setup: Setup) -> TextToImagePipeline:
         "whiten_contexts": True,
         "objective.times": "logit_normal",
         "objective.caption_dropout": float(share),
-        "loop.optimizer": "muon",
         "loop.learning_rate": 2e-4,
     }
     return TextToImagePipeline.from_pretrained(trained(folder, "own_128_unet", SIDE, setup.training_steps, settings))
