@@ -4,8 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,24 +19,13 @@ from pipelines.errors import notice, one_line_errors
 if TYPE_CHECKING:
     import torch
 
-    from pipelines.text_to_image import TextToImageOutput, TextToImagePipeline
+    from pipelines.text_to_image import TextToImagePipeline
 
 Prediction = Annotated[
     str | None, typer.Option(help="epsilon, sample or v_prediction; by default what the model says.")
 ]
 EMA = Annotated[bool, typer.Option("--ema", help="Of a single file, take the moving average of the U-Net's weights.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read a .ckpt; nothing but its tensors is built.")]
-
-CALLED = {
-    "negative": "negative_prompt",
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-    "rescale": "guidance_rescale",
-    "syntax": "prompt_syntax",
-    "init": "image",
-    "mask": "mask_image",
-}
-"""How a pipeline's call names the options that it does not name as the command line does."""
 
 app = typer.Typer(name="ldm", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -181,7 +169,9 @@ def render(
         "merge_tokens": merge_tokens,
     }
     if prompt is not None:
-        made = _render_prompt(prompt, output, seed, count, options, strict_tokens, partial(load, device))
+        from pipelines.one_prompt import render_prompt
+
+        made = render_prompt(prompt, output, seed, count, options, strict_tokens, partial(load, device))
     else:
         assert prompts is not None
         if strict_tokens:
@@ -189,59 +179,6 @@ def render(
         made = _render_file(prompts, output, seed, {**options, "count": count}, device, load)
     if as_json:
         print(json.dumps({**made, "seconds": round(time.perf_counter() - began, 3)}))
-
-
-def _render_prompt(
-    prompt: str,
-    output: Path | None,
-    seed: int,
-    count: int,
-    options: dict[str, Any],
-    strict_tokens: bool,
-    load: Callable[[], "TextToImagePipeline"],
-) -> dict[str, Any]:
-    """Renders pictures of one prompt, prints the path of each, and returns what `--json` tells of them.
-
-    `options` are named as on the command line. Raises ValueError for what is wrong with them: as far as that is seen
-    without the model, before `load` reads it.
-    """
-    from pipelines.png import check_writable
-    from pipelines.request import MAX_PICTURES, checked_seeds
-
-    if count > MAX_PICTURES:
-        raise ValueError(f"count is {count}; give at most {MAX_PICTURES}")
-    seeds = checked_seeds(seed, count)
-    paths = output_paths(output, prompt, seed, count)
-    for path in paths:
-        check_writable(path)
-
-    from pipelines.image_to_image import open_init
-    from pipelines.text_to_image import BATCH
-
-    init, mask, steps = options["init"], options["mask"], options["steps"]
-    source = open_init(init, mask, options["strength"])
-    pipe = load()
-    total = pipe.settings.steps if steps is None else min(steps, pipe.schedule.steps)  # more are refused
-    arguments = {CALLED.get(name, name): value for name, value in options.items()}
-    if source is not None:
-        total = int(total * source.strength)
-        arguments |= {"image": source.picture, "mask_image": source.mask}
-    # Batch by batch, so that what is there stays if the rest is interrupted.
-    batches = [slice(start, start + BATCH) for start in range(0, count, BATCH)]
-    records = []
-    with _progress(total * len(batches)) as on_step:
-        for batch in batches:
-            out = pipe(
-                prompt,
-                num_images_per_prompt=len(paths[batch]),
-                seed=seeds[batch][0],
-                on_step=on_step,
-                strict_tokens=strict_tokens,
-                **arguments,
-            )
-            records.append(write_pictures(pipe, out, paths[batch], init, mask))
-    pictures = [{"path": str(path), "seed": each} for path, each in zip(paths, seeds, strict=True)]
-    return {"pictures": pictures, **records[0]}
 
 
 def _parse_lora(text: str) -> tuple[Path, float]:
@@ -355,48 +292,3 @@ def inspect(
     from pipelines.inspection import inspect_model
 
     print(json.dumps(asdict(inspect_model(model, prediction)), indent=None if as_json else 2))
-
-
-def output_paths(output: Path | None, prompt: str, seed: int, count: int) -> list[Path]:
-    """Where the pictures go: a named file is replaced (`X-0.png`, `X-1.png`, ... for several); a file that is named
-    after the prompt never is.
-    """
-    if output is not None:
-        return [output.with_stem(f"{output.stem}-{index}") for index in range(count)] if count > 1 else [output]
-    from pipelines.png import slug
-
-    return [_unused(f"{slug(prompt)}-{seed + index}") for index in range(count)]
-
-
-def write_pictures(
-    pipe: "TextToImagePipeline", out: "TextToImageOutput", paths: Sequence[Path], init: str | None, mask: str | None
-) -> dict[str, Any]:
-    """Writes the pictures, prints their paths, and returns the record that they share (all but the seed)."""
-    from pipelines.png import write_png
-    from pipelines.replay import make_records
-
-    records = [record.model_dump() for record in make_records(pipe, out.request, out.seeds, init, mask)]
-    for path, image, record in zip(paths, out.images, records, strict=True):
-        write_png(path, image, record)
-        print(path)
-    return {name: value for name, value in records[0].items() if name != "seed"}
-
-
-def _unused(name: str) -> Path:
-    path, tries = Path(f"{name}.png"), 0
-    while path.exists():
-        tries += 1
-        path = Path(f"{name}-{tries}.png")
-    return path
-
-
-@contextmanager
-def _progress(steps: int) -> Iterator[Callable[[object], None]]:
-    from tqdm import tqdm
-
-    with tqdm(total=steps, desc="render", unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
-
-        def on_step(_: object) -> None:
-            bar.update()
-
-        yield on_step

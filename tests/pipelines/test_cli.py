@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 import pipelines
-from pipelines import TextToImagePipeline, cli, errors
+from pipelines import TextToImagePipeline, cli, errors, one_prompt
 from pipelines.png import read_record
 
 Run = Callable[..., tuple[int, str, str]]
@@ -75,7 +75,7 @@ def test_several_pictures_have_their_own_seeds_and_names(run: Run) -> None:
 
 def test_pictures_are_written_batch_by_batch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that those there are stay if the rest is interrupted; what there is to say is said once for all."""
-    monkeypatch.setattr("pipelines.text_to_image.BATCH", 2)
+    monkeypatch.setattr(one_prompt, "BATCH", 2)
     options = "a house", "-n", "3", "--seed", "5", "--width", "96"
     code, out, err = run(*options, "-o", "x.png", "--json")
     *paths, last = out.splitlines()
@@ -311,7 +311,7 @@ def test_an_interruption_is_no_error(run: Run, monkeypatch: pytest.MonkeyPatch) 
     def interrupt(*_: object) -> Iterator[None]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "output_paths", interrupt)
+    monkeypatch.setattr(one_prompt, "output_paths", interrupt)
     code, out, err = run("a")
     assert (code, out, err.strip()) == (130, "", "")
 
