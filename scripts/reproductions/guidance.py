@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from evaluation.metrics import inception_score
 from ldm.samplers import sample_ddim
 from pipelines import TextToImagePipeline
 from pipelines.loading import DEFAULT_MODEL
-from reproductions.measure import REAL, fid, kind_logits, real_pictures
+from reproductions.measure import REAL, captions_right, fid, kind_logits, real_pictures
 from reproductions.models import (
     BATCH,
     PASSES_OF_A_STEP,
@@ -34,7 +35,7 @@ W = ("0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1", "2
 SHOWN = ("0", "1", "4")  # the w written beside the curves
 LITTLE = 0.5
 STEPS = 20
-SCORE = "inception-style score"
+SCORE, RIGHT, THINGS = "inception-style score", "captions right", "FID of things"
 WEIGHTS = (DEFAULT_MODEL / "unet", DEFAULT_MODEL / "vae", DEFAULT_MODEL / "text_encoder")
 SMALL_WEIGHTS = WEIGHTS[1:]
 SMALL_PRESET = "picturebook_unet"
@@ -81,9 +82,14 @@ def measure_small(cell: Cell, setup: Setup) -> dict[str, float]:
 
 def figures_of(pipe: TextToImagePipeline, cell: Cell, setup: Setup) -> dict[str, float]:
     w, _ = cell
-    captions = real_pictures(setup.pictures, SIDE, REAL).captions
-    images = render(pipe, captions, sample_ddim, pipe.schedule.timesteps(STEPS, "trailing"), scale=float(w) + 1)
-    return {"FID": fid(images), SCORE: inception_score(kind_logits(images))}
+    real = real_pictures(setup.pictures, SIDE, REAL)
+    images = render(pipe, real.captions, sample_ddim, pipe.schedule.timesteps(STEPS, "trailing"), scale=float(w) + 1)
+    return {
+        "FID": fid(images),
+        THINGS: fid(images, THINGS),
+        SCORE: inception_score(kind_logits(images)),
+        RIGHT: captions_right(real.scenes, images),
+    }
 
 
 def passes(cells: Sequence[Cell], setup: Setup, models: int) -> int:
@@ -101,28 +107,30 @@ def seconds_of_small(cells: Sequence[Cell], setup: Setup) -> float:
     return passes(cells, setup, len({share for _, share in cells})) * a_pass
 
 
-def panel(axes: "Axes", results: Results) -> None:
-    """FID over the score, a curve for each share, along which w rises."""
+def panel(axes: "Axes", results: Results, worth: str, fid: str) -> None:
+    """A FID over what guidance is to raise, a curve for each share, along which w rises."""
     from matplotlib.ticker import MaxNLocator
 
-    at = {share: {w: figures for (w, column), figures in results.items() if column == share} for share in SHARES}
-    curves(
-        axes,
-        {
-            f"p_uncond {share}": [(figures[SCORE], figures["FID"]) for figures in each.values()]
-            for share, each in at.items()
-        },
-    )
-    for w, figures in at[OWN].items():
+    at: dict[str, dict[str, tuple[float, float]]] = {share: {} for share in SHARES}
+    for (w, share), figures in results.items():
+        if worth in figures:
+            at[share][w] = figures[worth], figures[fid]
+    curves(axes, {f"p_uncond {share}": list(points.values()) for share, points in at.items()})
+    for w, point in at[OWN].items():
         if w in SHOWN:
-            axes.annotate(f"w={w}", (figures[SCORE], figures["FID"]), textcoords="offset points", xytext=(5, 4))
-    axes.set(xlabel=SCORE, ylabel="FID")
+            axes.annotate(f"w={w}", point, textcoords="offset points", xytext=(5, 4))
+    axes.set(xlabel=worth, ylabel=fid)
     axes.xaxis.set_major_locator(MaxNLocator(5))  # where the scores hardly differ, each has many digits
 
 
-def _best_w(results: Results, share: str) -> float:
-    along(results, "FID", column=share)
-    return min((figures["FID"], float(w)) for (w, column), figures in results.items() if column == share)[1]
+def _a_little_is_best(results: Results, fid: str) -> bool:
+    """Whether that FID is lowest at a w of 0.1 to 0.5, at every share."""
+    return all(0 < _best_w(results, share, fid) <= LITTLE for share in _shares(results))
+
+
+def _best_w(results: Results, share: str, fid: str) -> float:
+    along(results, fid, column=share)
+    return min((figures[fid], float(w)) for (w, column), figures in results.items() if column == share)[1]
 
 
 def _largest(results: Results) -> str:
@@ -172,7 +180,7 @@ TABLE = Table(
     title="FID against an inception-style score over guidance, default model",
     rows="w",
     columns="p_uncond",
-    metrics=("FID", SCORE),
+    metrics=("FID", SCORE, THINGS, RIGHT),
     cells=tuple(product(W, SHARES)),
     papers=(
         Paper(
@@ -190,15 +198,20 @@ TABLE = Table(
         ),
         Claim(
             "FID is lowest at a little guidance, w of 0.1 to 0.5",
-            lambda r: all(0 < _best_w(r, share) <= LITTLE for share in _shares(r)),
+            partial(_a_little_is_best, fid="FID"),
         ),
         Claim(
             "much guidance costs FID: more at the largest w than at 0",
             lambda r: all(r[_largest(r), share]["FID"] > r["0", share]["FID"] for share in _shares(r)),
         ),
         Claim("p_uncond 0.5 has the lowest score at every w", _half_is_worst),
+        Claim(
+            "more captions are right at w = 1 than at 0",
+            lambda r: all(r["1", share][RIGHT] > r["0", share][RIGHT] for share in _shares(r)),
+        ),
+        Claim("FID of things is lowest at a little guidance", partial(_a_little_is_best, fid=THINGS)),
     ),
-    panels=(panel,),
+    panels=(partial(panel, worth=SCORE, fid="FID"), partial(panel, worth=RIGHT, fid=THINGS)),
     measure=measure,
     seconds=seconds,
     size=SIDE,
@@ -207,6 +220,7 @@ TABLE = Table(
     notes=(
         f"The {SCORE} is exp(mean KL(p(y|x) || p(y))), where y is the judge's kind of the thing that it is surest of; "
         "in the paper it is the inception score.",
+        f"{RIGHT.capitalize()}: the share of pictures in which the judge reads all that their caption states.",
         SAME_CAPTIONS,
         f"p_uncond {OWN} is the default model as it is; the others are the default model after that much more training "
         "with their share of empty captions, so they also know that much more. "
@@ -221,7 +235,7 @@ SMALL = replace(
     seconds=seconds_of_small,
     training_steps=2000,
     notes=(
-        *TABLE.notes[:2],
+        *TABLE.notes[:3],
         "Each p_uncond has a model of its own, with the default model's autoencoder and text encoder. "
         f"w is guidance - 1; sampling takes {STEPS} steps of DDIM.",
     ),

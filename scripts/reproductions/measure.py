@@ -1,25 +1,34 @@
-"""Real pictures, and what the judge makes of any: FID in its features, and its logits of the kinds."""
+"""Real pictures, and what the judge makes of any: FID in its features, its logits of the kinds, captions it reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from statistics import fmean
 
 import torch
+from evaluation.caption_accuracy import read_all
 from evaluation.feature_networks import open_network
 from evaluation.metrics import frechet
-from picturebook import picture
+from picturebook import Scene, picture
 from torch import Tensor
 
 from ldm.pictures import as_tensor
 
 REAL, *OTHERS = range(101, 106)  # seeds of worlds that nothing is trained on
 AT_ONCE = 100
+FIDS = {"FID": "judge", "FID of things": "judge-things"}
+"""By its name in a table, the features that a FID is of: those of the first see backgrounds first."""
 
 
 @dataclass(frozen=True)
 class RealPictures:
-    captions: tuple[str, ...]
+    scenes: tuple[Scene, ...]
     images: Tensor
     """[N,3,size,size] in [-1,1]."""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return tuple(scene.text for scene in self.scenes)
 
 
 @cache
@@ -27,7 +36,7 @@ def real_pictures(count: int, size: int, seed: int) -> RealPictures:
     """The first `count` pictures of the picturebook's `seed`, split train."""
     drawn = [picture(index, seed=seed, size=size) for index in range(count)]
     images = torch.stack([as_tensor(image) for _, image in drawn])
-    return RealPictures(tuple(scene.text for scene, _ in drawn), images)
+    return RealPictures(tuple(scene for scene, _ in drawn), images)
 
 
 _open = cache(open_network)
@@ -39,9 +48,9 @@ def _embedded(images: Tensor, network: str, which: str) -> Tensor:
     return torch.cat([embed(some)[which] for some in images.split(AT_ONCE)])
 
 
-def features(images: Tensor) -> Tensor:
+def features(images: Tensor, network: str = "judge") -> Tensor:
     """The judge's features [N,D] of images [N,3,H,W] in [-1,1]."""
-    return _embedded(images, "judge", "features")
+    return _embedded(images, network, "features")
 
 
 def kind_logits(images: Tensor) -> Tensor:
@@ -49,18 +58,24 @@ def kind_logits(images: Tensor) -> Tensor:
     return _embedded(images, "judge-things", "logits")
 
 
-def fid(images: Tensor) -> float:
-    """FID of images [N,3,size,size] against as many real ones of their size."""
-    return frechet(real_features(len(images), images.shape[-1], REAL), features(images))
+def captions_right(scenes: Sequence[Scene], images: Tensor) -> float:
+    """The share of images [N,3,H,W] in [-1,1] that show all that their scene's caption states."""
+    return fmean(all(each.values()) for each in read_all(scenes, images).scores)
+
+
+def fid(images: Tensor, name: str = "FID") -> float:
+    """FID, that of `FIDS`, of images [N,3,size,size] against as many real ones of their size."""
+    network = FIDS[name]
+    return frechet(real_features(len(images), images.shape[-1], REAL, network), features(images, network))
 
 
 @cache
-def real_features(count: int, size: int, seed: int) -> Tensor:
-    return features(real_pictures(count, size, seed).images)
+def real_features(count: int, size: int, seed: int, network: str) -> Tensor:
+    return features(real_pictures(count, size, seed).images, network)
 
 
-def real_against_real(count: int, size: int) -> tuple[float, float]:
-    """FID of `count` real pictures against as many others: its mean and standard deviation over sets of others."""
-    real = real_features(count, size, REAL)
-    distances = torch.tensor([frechet(real, real_features(count, size, seed)) for seed in OTHERS])
+def real_against_real(count: int, size: int, name: str = "FID") -> tuple[float, float]:
+    """FID, that of `FIDS`, of `count` real pictures against as many: its mean and standard deviation over others."""
+    real, *others = (real_features(count, size, seed, FIDS[name]) for seed in (REAL, *OTHERS))
+    distances = torch.tensor([frechet(real, each) for each in others])
     return distances.mean().item(), distances.std().item()

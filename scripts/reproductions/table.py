@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pipelines.errors import notice
 from pipelines.json_files import write_json
-from reproductions.measure import real_against_real
+from reproductions.measure import FIDS, real_against_real
 from reproductions.plot import FAINT, figure
 
 if TYPE_CHECKING:
@@ -199,11 +199,15 @@ def _finished(kept: Path, setting: Mapping[str, Any]) -> dict[Cell, dict[str, fl
 def _write(name: str, table: Table, setup: Setup, results: Results) -> tuple[list[Path], dict[str, Any]]:
     sources: dict[str, Results] = {HERE: results, **{paper.name: paper.results for paper in table.papers}}
     verdicts = {claim.text: {at: claim.verdict(each) for at, each in sources.items()} for claim in table.claims}
-    floor, spread = real_against_real(setup.pictures, table.size)
+    names = [name for name in FIDS if name in ("FID", *table.metrics)]
+    floors = {name: real_against_real(setup.pictures, table.size, name) for name in names}
     notes = [
-        f"Each FID is of N = {setup.pictures} pictures of {table.size} px against as many real ones, in the judge's "
-        f"features; that of as many other real ones is {floor:.4g}, give or take {spread:.2g}: "
-        "differences below that tell little.",
+        *(
+            f"Each {name} is of N = {setup.pictures} pictures of {table.size} px against as many real ones, in the "
+            f"features {FIDS[name]}; that of as many other real ones is {mean:.4g}, give or take {spread:.2g}: "
+            "differences below that tell little."
+            for name, (mean, spread) in floors.items()
+        ),
         *table.notes,
         *(
             f"{paper.name}: {paper.citation}. Not to be compared figure by figure: {paper.apart}."
@@ -211,7 +215,7 @@ def _write(name: str, table: Table, setup: Setup, results: Results) -> tuple[lis
         ),
     ]
     if table.training_steps:
-        notes.insert(1, f"What the table trains itself was trained for {setup.training_steps} steps.")
+        notes.insert(len(floors), f"What the table trains itself was trained for {setup.training_steps} steps.")
     text = "\n".join([table.title, "", *_grids(table, sources), *_verdict_lines(verdicts), "", *notes])
     print(text + "\n")
     files = [setup.out / f"{name}.{kind}" for kind in ("txt", "json", "png")]
@@ -219,7 +223,9 @@ def _write(name: str, table: Table, setup: Setup, results: Results) -> tuple[lis
         {
             "title": table.title,
             **_setting(table, setup),
-            "real against real": {"mean": floor, "standard deviation": spread},
+            "real against real": {
+                name: {"mean": mean, "standard deviation": spread} for name, (mean, spread) in floors.items()
+            },
             "figures": {at: _listed(each) for at, each in sources.items()},
             "claims": verdicts,
             "notes": notes,
@@ -227,7 +233,7 @@ def _write(name: str, table: Table, setup: Setup, results: Results) -> tuple[lis
     )
     files[0].write_text(text + "\n", encoding="utf-8")
     write_json(files[1], numbers)
-    _draw(files[2], table, setup, sources, floor)
+    _draw(files[2], table, setup, sources, {name: mean for name, (mean, _) in floors.items()})
     return files, numbers
 
 
@@ -267,7 +273,7 @@ def _verdict_lines(verdicts: Mapping[str, Mapping[str, str]]) -> list[str]:
     return lines
 
 
-def _draw(file: Path, table: Table, setup: Setup, sources: Mapping[str, Results], floor: float) -> None:
+def _draw(file: Path, table: Table, setup: Setup, sources: Mapping[str, Results], floors: Mapping[str, float]) -> None:
     """One column of panels for each source, ours first."""
     with figure(file, table.title, height=1.5 + 3.2 * len(table.panels)) as drawn:
         grid = drawn.subplots(len(table.panels), len(sources), squeeze=False)
@@ -276,8 +282,8 @@ def _draw(file: Path, table: Table, setup: Setup, sources: Mapping[str, Results]
                 panel(axes, results)
                 if not axes.has_data():
                     axes.set_axis_off()
-                if at == HERE and axes.get_ylabel() == "FID":
-                    axes.axhline(floor, linestyle=":", color=FAINT, label="real against real")
+                if at == HERE and axes.get_ylabel() in floors:
+                    axes.axhline(floors[axes.get_ylabel()], linestyle=":", color=FAINT, label="real against real")
             panels[0].set_title(f"{at}, N = {setup.pictures}" if at == HERE else at)
         known = {}
         for axes in reversed(grid.flatten()):  # ours last, with the line that it alone has
