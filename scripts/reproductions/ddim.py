@@ -6,11 +6,13 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from ldm.samplers import Sampler, sample_ddim, sample_ddpm
 from pipelines import TextToImagePipeline
 from pipelines.loading import DEFAULT_MODEL
 from reproductions import objectives
-from reproductions.measure import REAL, fid, real_pictures
+from reproductions.measure import REAL, RIGHT, RIGHT_IS, THINGS, fid, judged, real_pictures
 from reproductions.models import BATCH, PASSES_OF_A_STEP, SIDE, default_model, render, seconds_a_pass
 from reproductions.plot import curves
 from reproductions.table import SAME_CAPTIONS, Cell, Claim, Paper, Results, Setup, Table, along, falls, rises
@@ -30,17 +32,18 @@ def sampler(eta: str) -> Sampler:
     return partial(sample_ddpm, variance="beta") if eta == LARGE else partial(sample_ddim, eta=float(eta))
 
 
-def fid_of(pipe: TextToImagePipeline, cell: Cell, captions: Sequence[str]) -> dict[str, float]:
+def rendered(pipe: TextToImagePipeline, cell: Cell, captions: Sequence[str]) -> Tensor:
     eta, steps = cell
-    return {"FID": fid(render(pipe, captions, sampler(eta), pipe.schedule.timesteps(int(steps), "linspace")))}
+    return render(pipe, captions, sampler(eta), pipe.schedule.timesteps(int(steps), "linspace"))
 
 
 def measure_latents(cell: Cell, setup: Setup) -> dict[str, float]:
-    return fid_of(default_model(), cell, real_pictures(setup.pictures, SIDE, REAL).captions)
+    real = real_pictures(setup.pictures, SIDE, REAL)
+    return judged(rendered(default_model(), cell, real.captions), real)
 
 
 def measure_pixels(cell: Cell, setup: Setup) -> dict[str, float]:
-    return fid_of(objectives.model(DDPM, setup), cell, [""] * setup.pictures)
+    return {"FID": fid(rendered(objectives.model(DDPM, setup), cell, [""] * setup.pictures))}
 
 
 def passes(cells: Sequence[Cell], setup: Setup) -> int:
@@ -56,22 +59,24 @@ def seconds_of_pixels(cells: Sequence[Cell], setup: Setup) -> float:
     return (passes(cells, setup) + training) * objectives.seconds_a_pass(DDPM)
 
 
-def panel(axes: "Axes", results: Results) -> None:
-    """FID over the steps, a curve for each eta."""
+def panel(axes: "Axes", results: Results, metric: str) -> None:
+    """A metric over the steps, a curve for each eta."""
     from matplotlib.ticker import LogLocator
 
-    points = {f"eta {eta}" if eta != LARGE else LARGE: _row(results, eta) for eta in ETAS}
-    curves(axes, points)
-    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="FID")
+    curves(axes, {f"eta {eta}" if eta != LARGE else LARGE: _row(results, eta, metric) for eta in ETAS})
+    axes.set(xscale="log", xlabel="steps", ylabel=metric)
     steps = sorted({int(column) for _, column in results})
     axes.set_xticks(steps, labels=[str(each) for each in steps])
+    if metric != RIGHT:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
 
 
-def _row(results: Results, eta: str) -> list[tuple[float, float]]:
-    return [(int(steps), figures["FID"]) for (row, steps), figures in results.items() if row == eta]
+def _row(results: Results, eta: str, metric: str) -> list[tuple[float, float]]:
+    here = {int(steps): figures for (row, steps), figures in results.items() if row == eta}
+    return [(steps, figures[metric]) for steps, figures in here.items() if metric in figures]
 
 
 def _fewest(results: Results) -> str:
@@ -126,7 +131,7 @@ LATENTS = Table(
     title="FID by the steps of sampling and the noise of each, default model",
     rows="eta",
     columns="steps",
-    metrics=("FID",),
+    metrics=("FID", THINGS, RIGHT),
     cells=tuple(product(ETAS, STEPS)),
     papers=PAPERS,
     claims=(
@@ -148,17 +153,19 @@ LATENTS = Table(
             lambda r: r[LARGE, "1000"]["FID"] == min(along(r, "FID", column="1000")),
         ),
     ),
-    panels=(panel,),
+    panels=tuple(partial(panel, metric=metric) for metric in ("FID", THINGS, RIGHT)),
     measure=measure_latents,
     seconds=seconds_of_latents,
     size=SIDE,
     pictures=500,
-    notes=(f"{SAME_CAPTIONS} There is no guidance.", TIMES),
+    notes=(f"{SAME_CAPTIONS} There is no guidance.", RIGHT_IS, TIMES),
     weights=(DEFAULT_MODEL / "unet", DEFAULT_MODEL / "vae", DEFAULT_MODEL / "text_encoder"),
 )
 PIXELS = replace(
     LATENTS,
     title="FID by the steps of sampling and the noise of each, a small model of pixels",
+    metrics=("FID",),
+    panels=LATENTS.panels[:1],
     measure=measure_pixels,
     seconds=seconds_of_pixels,
     size=objectives.SIZE,

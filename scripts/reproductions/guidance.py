@@ -11,7 +11,7 @@ from evaluation.metrics import inception_score
 from ldm.samplers import sample_ddim
 from pipelines import TextToImagePipeline
 from pipelines.loading import DEFAULT_MODEL
-from reproductions.measure import REAL, captions_right, fid, kind_logits, real_pictures
+from reproductions.measure import REAL, RIGHT, RIGHT_IS, THINGS, judged, kind_logits, real_pictures
 from reproductions.models import (
     BATCH,
     PASSES_OF_A_STEP,
@@ -35,7 +35,7 @@ W = ("0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1", "2
 SHOWN = ("0", "1", "4")  # the w written beside the curves
 LITTLE = 0.5
 STEPS = 20
-SCORE, RIGHT, THINGS = "inception-style score", "captions right", "FID of things"
+SCORE = "inception-style score"
 WEIGHTS = (DEFAULT_MODEL / "unet", DEFAULT_MODEL / "vae", DEFAULT_MODEL / "text_encoder")
 SMALL_WEIGHTS = WEIGHTS[1:]
 SMALL_PRESET = "picturebook_unet"
@@ -84,12 +84,7 @@ def figures_of(pipe: TextToImagePipeline, cell: Cell, setup: Setup) -> dict[str,
     w, _ = cell
     real = real_pictures(setup.pictures, SIDE, REAL)
     images = render(pipe, real.captions, sample_ddim, pipe.schedule.timesteps(STEPS, "trailing"), scale=float(w) + 1)
-    return {
-        "FID": fid(images),
-        THINGS: fid(images, THINGS),
-        SCORE: inception_score(kind_logits(images)),
-        RIGHT: captions_right(real.scenes, images),
-    }
+    return {**judged(images, real), SCORE: inception_score(kind_logits(images))}
 
 
 def passes(cells: Sequence[Cell], setup: Setup, models: int) -> int:
@@ -220,7 +215,7 @@ TABLE = Table(
     notes=(
         f"The {SCORE} is exp(mean KL(p(y|x) || p(y))), where y is the judge's kind of the thing that it is surest of; "
         "in the paper it is the inception score.",
-        f"{RIGHT.capitalize()}: the share of pictures in which the judge reads all that their caption states.",
+        RIGHT_IS,
         SAME_CAPTIONS,
         f"p_uncond {OWN} is the default model as it is; the others are the default model after that much more training "
         "with their share of empty captions, so they also know that much more. "

@@ -1,6 +1,5 @@
 """Real pictures, and what the judge makes of any: FID in its features, its logits of the kinds, captions it reads."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean
@@ -16,8 +15,10 @@ from ldm.pictures import as_tensor
 
 REAL, *OTHERS = range(101, 106)  # seeds of worlds that nothing is trained on
 AT_ONCE = 100
-FIDS = {"FID": "judge", "FID of things": "judge-things"}
-"""By its name in a table, the features that a FID is of: those of the first see backgrounds first."""
+THINGS, RIGHT = "FID of things", "captions right"
+FIDS = {"FID": "judge", THINGS: "judge-things"}
+"""The features that each FID is of, by its name in a table; those of the first see backgrounds first."""
+RIGHT_IS = f"{RIGHT.capitalize()}: the share of pictures in which the judge reads all that their caption states."
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,16 @@ def kind_logits(images: Tensor) -> Tensor:
     return _embedded(images, "judge-things", "logits")
 
 
-def captions_right(scenes: Sequence[Scene], images: Tensor) -> float:
-    """The share of images [N,3,H,W] in [-1,1] that show all that their scene's caption states."""
-    return fmean(all(each.values()) for each in read_all(scenes, images).scores)
-
-
 def fid(images: Tensor, name: str = "FID") -> float:
     """FID, that of `FIDS`, of images [N,3,size,size] against as many real ones of their size."""
     network = FIDS[name]
     return frechet(real_features(len(images), images.shape[-1], REAL, network), features(images, network))
+
+
+def judged(images: Tensor, real: RealPictures) -> dict[str, float]:
+    """Both FIDs and the share of captions right, of images [N,3,size,size] in [-1,1] of the real pictures' captions."""
+    scores = read_all(real.scenes, images).scores
+    return {**{name: fid(images, name) for name in FIDS}, RIGHT: fmean(all(each.values()) for each in scores)}
 
 
 @cache

@@ -25,7 +25,7 @@ from pipelines.settings import Settings
 from text_encoder import Tokenizer
 
 TABLES = reproduce.TABLES
-SCORE, THINGS, RIGHT = guidance.SCORE, guidance.THINGS, guidance.RIGHT
+SCORE, THINGS, RIGHT = guidance.SCORE, measure.THINGS, measure.RIGHT
 NLL, RFID, PSNR = objectives.NLL, autoencoders.RFID, autoencoders.PSNR
 
 
@@ -436,6 +436,7 @@ def made_table(
 @pytest.mark.usefixtures("tiny")
 def test_ddim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     numbers = made_table(monkeypatch, capsys, tmp_path, "ddim", "--columns", "10", "--rows", "0", "1", "sigma-hat")
+    assert all(each.keys() == {"row", "column", "FID", THINGS, RIGHT} for each in numbers["figures"]["here"])
     found = {each["row"]: each["FID"] for each in numbers["figures"]["here"]}
     assert list(found) == ["0", "1", "sigma-hat"]
     assert len(set(found.values())) == 3
