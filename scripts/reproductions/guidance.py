@@ -219,7 +219,8 @@ TABLE = Table(
         SAME_CAPTIONS,
         f"p_uncond {OWN} is the default model as it is; the others are the default model after that much more training "
         "with their share of empty captions, so they also know that much more. "
-        f"w is guidance - 1; sampling takes {STEPS} steps of DDIM.",
+        f"w is guidance - 1; sampling takes {STEPS} steps of DDIM. All cells have the same captions and noise, so what "
+        "differs between them is surer than what differs from real pictures.",
     ),
     weights=WEIGHTS,
 )

@@ -274,7 +274,7 @@ def _verdict_lines(verdicts: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 
 def _draw(file: Path, table: Table, setup: Setup, sources: Mapping[str, Results], floors: Mapping[str, float]) -> None:
-    """One column of panels for each source, ours first."""
+    """One column of panels for each source, ours first; a panel that no paper has takes the whole row."""
     with figure(file, table.title, height=1.5 + 3.2 * len(table.panels)) as drawn:
         grid = drawn.subplots(len(table.panels), len(sources), squeeze=False)
         for panels, (at, results) in zip(grid.T, sources.items(), strict=True):
@@ -282,9 +282,13 @@ def _draw(file: Path, table: Table, setup: Setup, sources: Mapping[str, Results]
                 panel(axes, results)
                 if not axes.has_data():
                     axes.set_axis_off()
-                if at == HERE and axes.get_ylabel() in floors:
-                    axes.axhline(floors[axes.get_ylabel()], linestyle=":", color=FAINT, label="real against real")
             panels[0].set_title(f"{at}, N = {setup.pictures}" if at == HERE else at)
+        for row, (ours, *papers) in enumerate(grid):
+            if not any(axes.has_data() for axes in papers):
+                ours.set_subplotspec(ours.get_gridspec()[row, :])
+            floor, (low, high) = floors.get(ours.get_ylabel(), math.nan), ours.get_ylim()
+            if low < floor < high:
+                ours.axhline(floor, linestyle=":", color=FAINT, label="real against real")
         known = {}
         for axes in reversed(grid.flatten()):  # ours last, with the line that it alone has
             handles, labels = axes.get_legend_handles_labels()
