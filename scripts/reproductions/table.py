@@ -233,7 +233,7 @@ def _write(name: str, table: Table, setup: Setup, results: Results) -> tuple[lis
     )
     files[0].write_text(text + "\n", encoding="utf-8")
     write_json(files[1], numbers)
-    _draw(files[2], table, setup, sources, {name: mean for name, (mean, _) in floors.items()})
+    draw(files[2], table, setup, sources, {name: mean for name, (mean, _) in floors.items()})
     return files, numbers
 
 
@@ -273,7 +273,7 @@ def _verdict_lines(verdicts: Mapping[str, Mapping[str, str]]) -> list[str]:
     return lines
 
 
-def _draw(file: Path, table: Table, setup: Setup, sources: Mapping[str, Results], floors: Mapping[str, float]) -> None:
+def draw(file: Path, table: Table, setup: Setup, sources: Mapping[str, Results], floors: Mapping[str, float]) -> None:
     """One column of panels for each source, ours first; a panel that no paper has takes the whole row."""
     with figure(file, table.title, height=1.5 + 3.2 * len(table.panels)) as drawn:
         grid = drawn.subplots(len(table.panels), len(sources), squeeze=False)

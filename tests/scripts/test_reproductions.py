@@ -11,9 +11,10 @@ import pytest
 import reproduce
 import torch
 from judge import load_judge
+from matplotlib.figure import Figure
 from PIL import Image
 from reproductions import autoencoders, ddim, guidance, measure, models, objectives
-from reproductions.table import Claim, Paper, Results, Setup, Table, along, falls, fingerprint, rises, run
+from reproductions.table import Claim, Paper, Results, Setup, Table, along, draw, falls, fingerprint, rises, run
 from tiny_models import TINY_UNET, forget_accelerator
 
 from ldm.schedule import NoiseSchedule
@@ -431,6 +432,25 @@ def made_table(
         assert image.width == 1600
         assert len(image.convert("RGB").getcolors(10**6)) > 50
     return numbers
+
+
+def test_a_plot_leaves_no_gap_and_no_room_for_a_far_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A panel of what no paper measured has the row to itself; real against real is drawn where the curves are."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, file: figures.append(self))
+    ours = {
+        (w, "0.1"): {"FID": 2.0 + i, SCORE: 15.0 + i, THINGS: 3.0 + i, RIGHT: 0.8 + i / 10}
+        for i, w in enumerate(("0", "1"))
+    }
+    sources = {"here": ours, "ImageNet 64x64": paper(guidance.TABLE, "ImageNet 64x64")}
+    draw(tmp_path / "a.png", guidance.TABLE, Setup(tmp_path, 2, 1), sources, {"FID": 2.5, THINGS: 50.0})
+    above, beside, below, nothing = figures[0].axes
+    assert [axes.get_title(loc="left") for axes in (above, beside)] == ["here, N = 2", "ImageNet 64x64"]
+    spans = [(spec.rowspan, spec.colspan) for axes in (above, below) if (spec := axes.get_subplotspec())]
+    assert spans == [(range(1), range(1)), (range(1, 2), range(2))]
+    assert not nothing.axison
+    assert [len(axes.get_lines()) for axes in (above, below)] == [2, 1]
+    assert above.get_lines()[1].get_label() == "real against real"
 
 
 @pytest.mark.usefixtures("tiny")
