@@ -83,14 +83,38 @@ def _fewest(results: Results) -> str:
     return min((steps for _, steps in results), key=int, default="")
 
 
-def _at_fewest_steps(results: Results) -> list[float]:
-    return along(results, "FID", column=_fewest(results))
-
-
-def _gain(results: Results, eta: str) -> float:
-    """How many times as large FID is at the fewest steps as at the most."""
-    figures = along(results, "FID", row=eta)
+def _gain(results: Results, metric: str, eta: str) -> float:
+    """How many times as large a FID is at the fewest steps as at the most."""
+    figures = along(results, metric, row=eta)
     return figures[0] / figures[-1]
+
+
+def _claims(metric: str) -> tuple[Claim, ...]:
+    """What the paper's table shows, of that FID."""
+    by = "" if metric == "FID" else f", by {metric}"
+
+    def at_fewest_steps(results: Results) -> list[float]:
+        return along(results, metric, column=_fewest(results))
+
+    return (
+        Claim(f"at eta 0 FID falls with the steps{by}", lambda r: falls(along(r, metric, row="0"))),
+        Claim(
+            f"at the fewest steps FID rises with eta, of which sigma-hat counts as the last{by}",
+            lambda r: rises(at_fewest_steps(r)),
+        ),
+        Claim(
+            f"at the fewest steps sigma-hat is worst{by}",
+            lambda r: r[LARGE, _fewest(r)][metric] == max(at_fewest_steps(r)),
+        ),
+        Claim(
+            f"sigma-hat gains most from more steps{by}",
+            lambda r: _gain(r, metric, LARGE) == max(_gain(r, metric, eta) for eta in ETAS),
+        ),
+        Claim(
+            f"at 1000 steps sigma-hat is best{by}",
+            lambda r: r[LARGE, "1000"][metric] == min(along(r, metric, column="1000")),
+        ),
+    )
 
 
 def _paper(name: str, figures: str) -> Paper:
@@ -134,25 +158,7 @@ LATENTS = Table(
     metrics=("FID", THINGS, RIGHT),
     cells=tuple(product(ETAS, STEPS)),
     papers=PAPERS,
-    claims=(
-        Claim("at eta 0 FID falls with the steps", lambda r: falls(along(r, "FID", row="0"))),
-        Claim(
-            "at the fewest steps FID rises with eta, of which sigma-hat counts as the last",
-            lambda r: rises(_at_fewest_steps(r)),
-        ),
-        Claim(
-            "at the fewest steps sigma-hat is worst",
-            lambda r: r[LARGE, _fewest(r)]["FID"] == max(_at_fewest_steps(r)),
-        ),
-        Claim(
-            "sigma-hat gains most from more steps",
-            lambda r: _gain(r, LARGE) == max(_gain(r, eta) for eta in ETAS),
-        ),
-        Claim(
-            "at 1000 steps sigma-hat is best",
-            lambda r: r[LARGE, "1000"]["FID"] == min(along(r, "FID", column="1000")),
-        ),
-    ),
+    claims=_claims("FID") + _claims(THINGS),
     panels=tuple(partial(panel, metric=metric) for metric in ("FID", THINGS, RIGHT)),
     measure=measure_latents,
     seconds=seconds_of_latents,
@@ -165,6 +171,7 @@ PIXELS = replace(
     LATENTS,
     title="FID by the steps of sampling and the noise of each, a small model of pixels",
     metrics=("FID",),
+    claims=_claims("FID"),
     panels=LATENTS.panels[:1],
     measure=measure_pixels,
     seconds=seconds_of_pixels,
