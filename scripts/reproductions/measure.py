@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 from functools import cache
-from statistics import fmean
 
 import torch
-from evaluation.caption_accuracy import read_all
+from evaluation.caption_accuracy import accuracy, read_all
 from evaluation.feature_networks import open_network
 from evaluation.metrics import frechet
 from picturebook import Scene, picture
@@ -67,8 +66,8 @@ def fid(images: Tensor, name: str = "FID") -> float:
 
 def judged(images: Tensor, real: RealPictures) -> dict[str, float]:
     """Both FIDs and the share of captions right, of images [N,3,size,size] in [-1,1] of the real pictures' captions."""
-    scores = read_all(real.scenes, images).scores
-    return {**{name: fid(images, name) for name in FIDS}, RIGHT: fmean(all(each.values()) for each in scores)}
+    right = accuracy(read_all(real.scenes, images).scores)["accuracy"]
+    return {**{name: fid(images, name) for name in FIDS}, RIGHT: right}
 
 
 @cache
