@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.layers import Context, Conv3x3, Downsample, GroupNorm, SpatialTransformer, Upsample, made_again, silu, zeroed
+from ldm.layers import Conv3x3, Downsample, GroupNorm, Upsample, made_again, silu, zeroed
+from ldm.transformer import Context, SpatialTransformer
 
 BlockType = Literal["residual", "convnext", "channel_attention"]
 
@@ -139,7 +140,11 @@ BLOCKS: Mapping[BlockType, type[ResidualBlock] | type[ConvNeXtBlock]] = {
 
 
 class DownBlock(nn.Module):
-    """One level on the way down: x [B,C,h,w] -> x of half the size, and every feature map left for the way up."""
+    """One level on the way down: x [B,C,h,w] -> x of half the size, and every feature map left for the way up.
+
+    Down to the first attention to the context, of [kB,L,D], there may be only as many x as there are latents; `emb` is
+    [kB,E] in any case.
+    """
 
     def __init__(self, resnets: list[Block], attentions: list[SpatialTransformer], down: Downsample | None) -> None:
         super().__init__()
@@ -149,7 +154,7 @@ class DownBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor, context: Context) -> list[Tensor]:
         skips = []
         for index, resnet in enumerate(self.resnets):
-            x = resnet(x, emb)
+            x = resnet(x, emb[: len(x)])
             if self.attentions:
                 x = self.attentions[index](x, context)
             skips.append(x)
@@ -164,7 +169,7 @@ class MidBlock(nn.Module):
         self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
 
     def forward(self, x: Tensor, emb: Tensor, context: Context) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, emb), context)
+        x = self.attentions[0](self.resnets[0](x, emb[: len(x)]), context)
         out: Tensor = self.resnets[1](x, emb)
         return out
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.denoiser import read
-from ldm.layers import Context
+from ldm.layers import as_many
+from ldm.transformer import Context
 
 
 class Labelled(nn.Module):
@@ -26,8 +27,9 @@ class Labelled(nn.Module):
         return read(self.network, context)
 
     def forward(self, latents: Tensor, t: Tensor, context: Context) -> Tensor:
-        """Raises ValueError for a batch of latents that is no multiple of the labels'."""
-        out: Tensor = self.network(latents, t, context, _repeated(self.class_labels, latents))
+        """Raises ValueError for a batch of latents, or of contexts, that is no multiple of the labels'."""
+        t, latents = as_many(t.expand(len(latents)), context), as_many(latents, context)  # each may have its own class
+        out: Tensor = self.network(latents, t, context, as_many(self.class_labels, latents))
         return out
 
 
@@ -51,13 +53,6 @@ class Concatenated(nn.Module):
             raise ValueError(
                 f"extra is {tuple(self.extra.shape)}, but the latents are {tuple(latents.shape)}: resize it"
             )
-        extra = _repeated(self.extra.to(latents), latents)
+        extra = as_many(self.extra.to(latents), latents)
         out: Tensor = self.network(torch.cat((latents, extra), dim=1), t, context)
         return out
-
-
-def _repeated(told: Tensor, latents: Tensor) -> Tensor:
-    copies, rest = divmod(len(latents), len(told))
-    if rest:
-        raise ValueError(f"{len(latents)} latents are no multiple of the {len(told)} that the network is told about")
-    return told.repeat(copies, *[1] * (told.ndim - 1))

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ldm import prediction as predictions
-from ldm.layers import Context
+from ldm.layers import as_many
 from ldm.prediction import Prediction
 from ldm.schedule import ForwardProcess
+from ldm.transformer import Context, Reading
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]
 """(x_t [B, ...], t [B], context [B, L, D]) -> output, like x_t. If it has a method `read`, it takes `read(context)` in
-the context's place too (`ldm.unet.UNet.read`)."""
+the context's place too, and that of several contexts for each of x_t (`ldm.unet.UNet`)."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,20 @@ class ConditionalDenoiser:
     def __call__(self, x_t: Tensor, t: Tensor, context: Context) -> Estimate:
         """Run the network, in its own dtype and on its own device.
 
-        x_t is [B, C, ...], t [B] or 0-d, context [B, L, D], or what `read` made of it. The estimate is float32, or
-        x_t's wider dtype, on x_t's device. Where the network has twice the channels of x_t, the second half is a
-        learned variance and passed on as `v`.
+        x_t is [B, C, ...], t [B] or 0-d, context [B, L, D], or what `read` made of it. Of k contexts for each of x_t,
+        [kB, L, D], all the first ones before all the second, the estimate is [kB, C, ...]; a network that reads makes
+        what does not depend on them but once. The estimate is float32, or x_t's wider dtype, on x_t's device. Where
+        the network has twice the channels of x_t, the second half is a learned variance and passed on as `v`.
 
         Raises:
             ValueError: t out of the schedule's range, or shapes of t, context or output that do not fit x_t's.
         """
         alpha, sigma = self.schedule.coefficients(t, like=x_t)  # refuses a wrong t before the network runs
-        if len(context) != len(x_t):
-            raise ValueError(f"context has a batch of {len(context)}, but x_t one of {len(x_t)}: give one each")
+        few = len(x_t)
+        if len(context) == 0 or len(context) % few:
+            raise ValueError(f"context has a batch of {len(context)}, but x_t one of {few}: give one each, or several")
+        alpha, sigma, x_t, t = (as_many(each, context) for each in (alpha, sigma, x_t, t.expand(few)))
+        shown = slice(few if isinstance(context, Reading) else None)
         like = _first_parameter(self.network)
         if like is None:
             like = x_t
@@ -70,7 +75,7 @@ class ConditionalDenoiser:
             context = context.to(like)
         if like.device.type == "mps":
             t = t.float()  # it has no float64
-        output = self.network(x_t.to(like), t.to(like.device).expand(len(x_t)), context).to(x_t.device)
+        output = self.network(x_t[shown].to(like), t[shown].to(like.device), context).to(x_t.device)
         v = None
         if output.shape == (len(x_t), 2 * x_t.shape[1], *x_t.shape[2:]):
             output, v = output.chunk(2, dim=1)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.blocks import UpBlock
-from ldm.layers import Context, silu
+from ldm.layers import as_many, silu
+from ldm.transformer import Context
 from ldm.unet import UNet
 
 
@@ -37,7 +38,7 @@ class FeatureReuse(nn.Module):
         return self.unet.read(context)
 
     def forward(self, latents: Tensor, t: Tensor, context: Context) -> Tensor:
-        if self.deep is None or self.since == self.every or len(self.deep) != len(latents):
+        if self.deep is None or self.since == self.every or len(self.deep) != len(context):
             self.since = 1
             return self._whole(latents, t, context)
         self.since += 1
@@ -64,8 +65,8 @@ class FeatureReuse(nn.Module):
 
     def _shallow(self, latents: Tensor, t: Tensor, context: Context, deep: Tensor) -> Tensor:
         unet, last = self.unet, self._last
-        x = torch.cat((deep, unet.conv_in(latents)), dim=1)
-        x = last.resnets[-1](x, unet._embed(t.to(latents.device).expand(len(latents)), None))
+        x = torch.cat((deep, as_many(unet.conv_in(latents), deep)), dim=1)
+        x = last.resnets[-1](x, as_many(unet._embed(t.to(latents.device).expand(len(latents)), None), deep))
         if last.attentions:
             x = last.attentions[-1](x, context)
         out: Tensor = unet.conv_out(silu(unet.conv_norm_out(x)))

@@ -33,7 +33,7 @@ def classifier_free(
 
     The paper's (1 + w) eps(c) - w eps() is eps() + scale (eps(c) - eps()) with w = `scale` - 1. x0 is affine in every
     kind of output, so extrapolating x0 is extrapolating the output. Both halves go through the network as one batch of
-    2B, unconditional first; at scale 1 the conditional half goes alone, and at scale 0 the unconditional one,
+    2B contexts, unconditional first; at scale 1 the conditional half goes alone, and at scale 0 the unconditional one,
     unless it is to be rescaled. The contexts are read here, once for all evaluations: once the network's weights
     change, make a new denoiser.
 
@@ -56,7 +56,7 @@ def classifier_free(
     context = read(denoise, torch.cat([uncond, cond]))
 
     def guided(x_t: Tensor, t: Tensor) -> Estimate:
-        both = denoise(torch.cat([x_t, x_t]), t.expand(len(x_t)).repeat(2), context)
+        both = denoise(x_t, t, context)
         x0_uncond, x0_cond = both.x0.chunk(2)
         x0 = x0_uncond + scale * (x0_cond - x0_uncond)
         if rescale > 0:

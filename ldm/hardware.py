@@ -43,7 +43,16 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type in ("cuda", "xpu") else torch.float32
 
 
+def multiplies_bfloat16_by_vectors() -> bool:
+    """Whether the CPU multiplies bfloat16 natively, but has no instructions for whole matrices."""
+    return _has("avx512_bf16") and not _has("amx_bf16")
+
+
 def _cpu_multiplies_bfloat16() -> bool:
+    return _has("amx_bf16") or _has("avx512_bf16")
+
+
+def _has(capability: str) -> bool:
     # torch before 2.11 cannot tell; float32 is then slower but right
     capabilities: Mapping[str, bool | int] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    return bool(capabilities.get(capability, False))

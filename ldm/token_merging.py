@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.denoiser import read
-from ldm.layers import Context, SpatialTransformer, TransformerBlock
+from ldm.transformer import Context, SpatialTransformer, TransformerBlock
 from ldm.unet import UNet
 
 MOST_MERGED = 0.75

@@ -9,19 +9,8 @@ from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_seri
 from torch import Tensor, nn
 
 from ldm.blocks import BLOCKS, Block, BlockType, DownBlock, MidBlock, UpBlock
-from ldm.layers import (
-    Attention,
-    Context,
-    Downsample,
-    GroupNorm,
-    Reading,
-    SpatialTransformer,
-    TimeEmbedding,
-    TransformerBlock,
-    Upsample,
-    silu,
-    zeroed,
-)
+from ldm.layers import Downsample, GroupNorm, TimeEmbedding, Upsample, as_many, silu, zeroed
+from ldm.transformer import Attention, Context, Reading, SpatialTransformer, TransformerBlock
 
 Count = Annotated[int, Field(ge=1, le=65536)]
 Depth = Annotated[int, Field(ge=1, le=64)]
@@ -144,6 +133,9 @@ class UNetConfig(BaseModel, frozen=True):
 class UNet(nn.Module):
     """Predict from noisy latents: `unet(latents [B,C,h,w], t [B], context [B,L,D]) -> [B,C',h,w]`.
 
+    Of k contexts for each of the latents, [kB,L,D], all the first before all the second, the output is [kB,C',h,w], and
+    what comes before the first attention to the context is made once for all k.
+
     `t` is in training steps, 0 the least noisy, of any integer or real dtype; one number stands for the whole batch.
     `latents` and `context` have the weights' dtype, except under autocast. Any h and w of at least one cell will do.
     An unconditional network is given a context of one token of zeros.
@@ -218,12 +210,15 @@ class UNet(nn.Module):
         return [module.attn2 for module in self.modules() if isinstance(module, TransformerBlock)]
 
     def forward(self, latents: Tensor, t: Tensor, context: Context, class_labels: Tensor | None = None) -> Tensor:
-        """Raises ValueError for class labels that are missing, or given to a network without classes."""
-        emb = self._embed(t.to(latents.device).expand(len(latents)), class_labels)
+        """Raises ValueError for class labels that are missing, too many or too few, or given to a network without
+        classes, and for contexts whose number is no multiple of the latents'.
+        """
+        emb = as_many(self._embed(t.to(latents.device).expand(len(latents)), class_labels), context)
         skips = [self.conv_in(latents)]
         for block in self.down_blocks:
             skips += block(skips[-1], emb, context)
         x = self.mid_block(skips[-1], emb, context)
+        skips = [as_many(skip, context) for skip in skips]
         for block in self.up_blocks:
             x = block(x, skips, emb, context)
         out: Tensor = self.conv_out(silu(self.conv_norm_out(x)))
@@ -238,4 +233,6 @@ class UNet(nn.Module):
             return silu(emb)
         if class_labels is None:
             raise ValueError("class_labels are missing, but the network has classes: give one for each of the latents")
+        if len(class_labels) != len(t):
+            raise ValueError(f"there are {len(class_labels)} class_labels, but {len(t)} latents: give one for each")
         return silu(emb + self.class_embedding(class_labels.to(emb.device)).to(emb.dtype))

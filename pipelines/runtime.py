@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ldm.denoiser import Denoiser, Estimate
 from ldm.hardware import fastest_dtype
-from ldm.layers import TransformerBlock
+from ldm.transformer import TransformerBlock
 from pipelines.winograd import use_winograd
 
 DTYPES = {

@@ -97,7 +97,7 @@ def test_what_does_not_fit_the_latents_is_refused() -> None:
     unet, (x_t, t, context, extra) = network(in_channels=9), inputs()
     with pytest.raises(ValueError, match=r"extra is \(2, 5, 8, 4\), but the latents are \(2, 4, 8, 8\): resize it"):
         Concatenated(unet, extra[..., :4])(x_t, t, context)
-    with pytest.raises(ValueError, match="1 latents are no multiple of the 2 that the network is told about"):
+    with pytest.raises(ValueError, match="a batch of 1 is no multiple of one of 2"):
         Concatenated(unet, extra)(x_t[:1], t[:1], context[:1])
-    with pytest.raises(ValueError, match="2 latents are no multiple of the 3 that the network is told about"):
+    with pytest.raises(ValueError, match="a batch of 2 is no multiple of one of 3"):
         Labelled(unet, torch.tensor([0, 1, 2]))(x_t, t, context)

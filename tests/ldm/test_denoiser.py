@@ -58,7 +58,7 @@ def test_the_learned_variance_is_as_wide_as_x0(network, x, estimate, inputs):
 
 def test_a_context_of_another_batch_is_refused(inputs):
     x_t, t, context = inputs
-    for wrong in (context[:1], context[:2], torch.cat([context, context])):
+    for wrong in (context[:0], context[:1], context[:2], torch.cat([context, context[:1]])):
         with pytest.raises(ValueError, match=f"context has a batch of {len(wrong)}, but x_t one of 3"):
             make_denoiser(refuse_to_run, SCHEDULE, "v")(x_t, t, wrong)
 

@@ -56,3 +56,13 @@ def test_a_quota_of_cpu_time_bounds_the_threads(
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     hardware.fit_threads_to_quota()
     assert chosen[-1] == threads
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [({"avx512_bf16"}, True), ({"avx512_bf16", "amx_bf16"}, False), ({"avx2"}, False)], ids=str
+)
+def test_a_cpu_that_multiplies_bfloat16_by_vectors(
+    flags: set[str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(flags, True))
+    assert hardware.multiplies_bfloat16_by_vectors() == expected

@@ -5,8 +5,8 @@ import torch
 from small_unet import CONFIG, random_unet
 from torch import Tensor
 
-from ldm.layers import Attention
 from ldm.token_merging import TokenMerging, matching
+from ldm.transformer import Attention
 
 
 def inputs(size: int = 6) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,17 +1,15 @@
 """The U-Net against diffusers' own, weights for weights and output for output."""
 
 import json
-import math
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from ldm.layers import Attention, Conv3x3, GroupNorm, TransformerBlock, attend, joined
+from ldm.layers import Conv3x3, GroupNorm
 from ldm.unet import UNet, UNetConfig
 from pipelines.loading import DEFAULT_MODEL
 
@@ -152,6 +150,46 @@ def test_class_labels_are_given_where_there_are_classes_and_nowhere_else() -> No
         UNet.from_diffusers_config(CONFIG)(latents, t, context, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="class_labels are missing, but the network has classes"):
         UNet.from_diffusers_config({**CONFIG, "num_class_embeds": 2})(latents, t, context)
+    with pytest.raises(ValueError, match="there are 1 class_labels, but 2 latents: give one for each"):
+        UNet.from_diffusers_config({**CONFIG, "num_class_embeds": 2})(latents, t, context, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("reads", [False, True], ids=["context", "reading"])
+@pytest.mark.parametrize("name", [*CONFIGS, "attention in the middle alone"])
+@torch.no_grad()
+def test_several_contexts_for_each_of_the_latents(name: str, reads: bool) -> None:
+    """As many outputs as contexts, and what comes before the first attention to them is made of the latents once."""
+    nowhere = {"down_block_types": ["DownBlock2D"] * 3, "up_block_types": ["UpBlock2D"] * 3}
+    config = CONFIGS.get(name, {**CONFIG, **nowhere})
+    unet = pair(config)[0].double().to(memory_format=torch.channels_last)
+    latents, t, _ = inputs(config)
+    latents = latents.double()
+    contexts = torch.randn(6, 7, 20, generator=torch.Generator().manual_seed(2)).double()
+    expected = unet(torch.cat([latents] * 3), t.repeat(3), contexts)
+    given = unet.read(contexts) if reads else contexts
+    batches: dict[str, int] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            batches.setdefault(name, len(given[0]))
+
+        return hook
+
+    for each, module in unet.named_modules():
+        module.register_forward_pre_hook(note(each))
+    out = unet(latents, t, given)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    once = [each for each, batch in batches.items() if batch == 2]
+    first = next(each for each in batches if each.endswith("attn1"))
+    assert once == list(batches)[: len(once)]
+    assert once[-1].startswith(first), "all to the end of the self-attention before the context is attended to"
+    assert set(batches.values()) == {2, 6}
+
+
+def test_contexts_that_are_no_multiple_of_the_latents_are_refused() -> None:
+    latents, t, context = inputs(CONFIG)
+    with pytest.raises(ValueError, match="a batch of 3 is no multiple of one of 2"):
+        UNet.from_diffusers_config(CONFIG)(latents, t, torch.cat([context, context[:1]]))
 
 
 @torch.no_grad()
@@ -290,132 +328,6 @@ def test_a_group_norm_of_narrow_groups_goes_by_way_of_float32(
         assert torch.equal(found, wanted.to(found.dtype))
     norm.requires_grad_(False)
     assert torch.equal(torch.autograd.grad(norm(x), x, grad)[0], gradients[0]), "where the norm does not train"
-
-
-@pytest.mark.parametrize(
-    ("dtype", "off"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=str
-)
-@pytest.mark.parametrize("keys", [4, 77, 300, 600])
-def test_attention_and_its_gradient_are_the_formulas(keys: int, dtype: torch.dtype, off: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(2, 3, n, 8, generator=generator).to(dtype) for n in (256, keys, keys, 256)]
-    *given, grad = (each.requires_grad_() for each in drawn)
-    *exact, exact_grad = (each.detach().double().requires_grad_() for each in drawn)
-    out, (q, k, v) = attend(*given), exact
-    scores = torch.einsum("bhnd,bhld->bhnl", q, k) / math.sqrt(8)
-    expected = torch.einsum("bhnl,bhld->bhnd", scores.exp() / scores.exp().sum(-1, keepdim=True), v)
-    found = out, *torch.autograd.grad(out, given, grad)
-    for each, wanted in zip(found, (expected, *torch.autograd.grad(expected, exact, exact_grad)), strict=True):
-        assert each.dtype == dtype
-        assert (each.double() - wanted).norm() < off * wanted.norm()
-    with torch.no_grad():
-        assert (attend(*given).double() - expected).norm() < off * expected.norm()
-
-
-@pytest.mark.parametrize(("keys", "read"), [(77, 80), (80, 80), (513, 513)])
-@torch.no_grad()
-def test_few_keys_are_filled_up_for_the_cpu(keys: int, read: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, fused = [], nn.functional.scaled_dot_product_attention
-
-    def look(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        seen.append((k.shape[2], v.shape[2], bool(options)))
-        return fused(q, k, v, **options)
-
-    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", look)
-    attend(torch.randn(1, 2, 5, 8), *torch.randn(2, 1, 2, keys, 8))
-    assert seen == [(read, read, read > keys)]
-
-
-def projections(attention: Attention) -> tuple[Tensor, ...]:
-    return attention.to_q.weight, attention.to_k.weight, attention.to_v.weight
-
-
-def test_joined_projections_are_the_same_in_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    attention = Attention(16, 4).requires_grad_(False)
-    before = {name: tensor.clone() for name, tensor in attention.state_dict().items()}
-    x = torch.randn(2, 10, 16, requires_grad=True)
-    expected = attention(x)
-    (of_x,) = torch.autograd.grad(expected.sum(), x)
-    attention.join()
-    after = attention.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    together = joined(projections(attention))
-    assert together is not None
-    assert torch.equal(together, torch.cat(projections(attention)))
-    assert together.data_ptr() == attention.to_q.weight.data_ptr()
-    linear, widths = nn.functional.linear, []
-
-    def count(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        widths.append(len(weight))
-        return linear(x, weight, bias)
-
-    monkeypatch.setattr(nn.functional, "linear", count)
-    out = attention(x)
-    assert widths == [48, 16]
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], of_x)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda attention: attention.double(),
-        lambda attention: attention.requires_grad_(True),
-        lambda attention: attention.to_k.weight.data.copy_(torch.zeros(16, 16)),
-        lambda attention: setattr(attention.to_v.weight, "data", torch.zeros(16, 16)),
-        lambda attention: setattr(attention.to_q.weight, "data", attention.to_q.weight.data.t()),
-        lambda attention: setattr(attention.to_k.weight, "data", attention.to_v.weight.data),
-        lambda attention: setattr(attention.to_k.weight, "data", torch.zeros(48, 16)[16:32]),
-        lambda attention: attention.load_state_dict(Attention(16, 4).state_dict()),
-        lambda attention: attention.load_state_dict(Attention(16, 4).state_dict(), assign=True),
-    ],
-    ids=["cast", "trained", "written", "replaced", "turned", "shared", "elsewhere", "loaded", "assigned"],
-)
-def test_what_happens_to_joined_weights_counts(change: Any) -> None:
-    torch.manual_seed(0)
-    attention, other = (Attention(16, 4).requires_grad_(False) for _ in range(2))
-    attention.join()
-    change(attention)
-    other.to(attention.to_q.weight.dtype).load_state_dict(attention.state_dict())
-    x = torch.randn(2, 10, 16, dtype=attention.to_q.weight.dtype)
-    out = attention(x)
-    torch.testing.assert_close(out, other(x))
-    if out.requires_grad:
-        out.sum().backward()
-        assert all(weight.grad is not None for weight in projections(attention))
-
-
-ATTENDING = ["to_q", "to_k", "to_v"]
-TRANSFORMER = [*(f"attn{number}.{name}" for number in (1, 2) for name in (*ATTENDING, "to_out.0")), "ff.net.0.proj"]
-
-
-@pytest.mark.parametrize("name", TRANSFORMER)
-def test_an_adapter_in_place_of_a_linear_layer_works_and_learns(name: str) -> None:
-    torch.manual_seed(0)
-    block = TransformerBlock(16, 4, 8).requires_grad_(False)
-    block.attn1.join()
-    x, context = torch.randn(2, 10, 16), torch.randn(2, 5, 8)
-    before = block(x, context)
-    inject_adapter_in_model(LoraConfig(target_modules=[name], init_lora_weights=False), block)
-    after = block(x, context)
-    assert not torch.equal(after, before)
-    after.sum().backward()
-    learning = [parameter for parameter in block.parameters() if parameter.requires_grad]
-    assert len(learning) == 2
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in learning)
-
-
-@pytest.mark.parametrize("name", TRANSFORMER)
-@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
-def test_a_hook_on_a_linear_layer_is_called(name: str, kind: str) -> None:
-    block = TransformerBlock(16, 4, 8).requires_grad_(False)
-    block.attn1.join()
-    calls = []
-    getattr(block.get_submodule(name), kind)(lambda *given: calls.append(given))
-    block(torch.randn(2, 10, 16), torch.randn(2, 5, 8))
-    assert len(calls) == 1
 
 
 def test_pure_bfloat16_stays_near_float32_and_in_bfloat16() -> None:

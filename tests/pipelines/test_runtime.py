@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.denoiser import Denoiser, Estimate
-from ldm.layers import Attention, joined
 from ldm.samplers import StepInfo
+from ldm.transformer import Attention, joined
 from pipelines import TextToImagePipeline
 from pipelines.runtime import CudaGraph
 
