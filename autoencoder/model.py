@@ -3,7 +3,7 @@
 images [B,3,H,W] in [-1,1] -> latents [B,C,H/f,W/f] -> images, f = 2 ** (levels - 1).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -83,7 +83,13 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention over all positions."""
+    """Single-head self-attention over all positions.
+
+    `attend` is softmax(q k^T / sqrt(d)) v (arXiv 1706.03762, equation 1), [B,1,N,d] all; another way to compute it may
+    take its place.
+    """
+
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -96,7 +102,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         tokens = self.group_norm(x).permute(0, 2, 3, 1).reshape(batch, 1, height * width, channels)
-        attended = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        attended = self.attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         attended = self.to_out[0](attended).reshape(batch, height, width, channels)
         out: Tensor = attended.permute(0, 3, 1, 2)
         out += x

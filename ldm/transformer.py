@@ -3,7 +3,6 @@
 Attribute names are those of a published Stable Diffusion U-Net, so that its state dict loads without renaming.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,8 @@ from ldm.layers import VECTOR, GroupNorm, as_many, made_again, zeroed
 
 SHORT = 2**16  # queries times keys below which the plain formula is the faster one to train with on a CPU
 FEW_KEYS = 512  # that the fused kernel of a CPU takes in one block
-MANY = 512  # queries and keys from which the formula in blocks is the faster one on a CPU without matrix instructions
+LONG = 2**19  # heads times queries times keys from which the formula in blocks is the faster one, and the fewest keys,
+MANY_KEYS = 256  # on a CPU that has no instructions for whole matrices
 BLOCK = 2**21  # scores worked on at a time
 EVERY = 16  # of so many keys one is asked how large the scores of a query are
 
@@ -39,7 +39,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.requires_grad and queries * keys <= SHORT:
             return made_again(_attend_plainly, q, k, v)
         needs_grad = torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v))
-        if min(queries, keys) >= MANY and not needs_grad and multiplies_bfloat16_by_vectors():
+        many = keys >= MANY_KEYS and q.shape[1] * queries * keys >= LONG
+        if many and not needs_grad and multiplies_bfloat16_by_vectors():
             return _attend_in_blocks(q, k, v)
     missing = -keys % VECTOR
     if missing == 0 or keys > FEW_KEYS:
@@ -56,25 +57,25 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The formula, for so many queries of a head at a time that a cache holds their scores.
+    """The formula, for so many heads, or so many queries of one, at a time that a cache holds their scores.
 
     A score is rounded, and the larger it is the worse. Softmax does not change when all scores of a query are lowered
-    alike: here by the largest that a sample of the keys gives, so that those that weigh most are small.
+    alike: here by the largest that a sample of the keys gives, so that those that weigh most are small. The product
+    itself lowers them, before they are rounded, by one more number in each query and a 1 in each key.
     """
-    (*_, queries, width), keys = q.shape, k.shape[-2]
-    scale, rows = width**-0.5, max(1, min(BLOCK // keys, queries))
-    scores, weights = (q.new_empty(rows, keys) for _ in range(2))
-    out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-    for sample, head in itertools.product(range(q.shape[0]), range(q.shape[1])):
-        one_q, one_k, one_v = (each[sample, head].contiguous() for each in (q, k, v))
-        one_v = F.pad(one_v, (0, -width % VECTOR))  # a product of whole vectors takes three quarters of the time
-        for some_q, made in zip(torch.split(one_q, rows), torch.split(out[sample, head], rows), strict=True):
-            these = slice(len(some_q))
-            level = torch.mm(some_q, one_k[::EVERY].T).amax(1, keepdim=True) * scale
-            torch.addmm(level, some_q, one_k.T, alpha=scale, beta=-1, out=scores[these])
-            torch.softmax(scores[these], -1, out=weights[these])
-            made.copy_((weights[these] @ one_v)[:, :width])
-    return out
+    (batch, heads, queries, width), keys = q.shape, k.shape[2]
+    rows = max(1, min(BLOCK // keys, queries))
+    at_once = max(1, BLOCK // (rows * keys))
+    q, k, v = (each.flatten(0, 1) for each in (q, k, v))
+    largest = torch.bmm(q, k[:, ::EVERY].transpose(1, 2)).amax(2, keepdim=True)
+    q, k = torch.cat((q, -largest), dim=2), F.pad(k, (0, 1), value=1.0)
+    v = F.pad(v, (0, -width % VECTOR))  # a product of whole vectors takes three quarters of the time
+    made = []
+    for some_q, some_k, some_v in zip(*(torch.split(each, at_once) for each in (q, k, v)), strict=True):
+        for one_q in torch.split(some_q, rows, dim=1):
+            scores = torch.baddbmm(q.new_zeros(1), one_q, some_k.transpose(1, 2), beta=0, alpha=width**-0.5)
+            made.append(torch.bmm(scores.softmax(2), some_v)[:, :, :width].flatten(0, 1))
+    return torch.cat(made).view(batch, heads, queries, width)
 
 
 def untouched(layer: nn.Module) -> bool:
@@ -183,7 +184,9 @@ class GEGLU(nn.Module):
 
 
 def gated(values: Tensor, gate: Tensor) -> Tensor:
-    return values * F.gelu(gate)
+    """values GELU(gate), in the memory of values unless a gradient will need them."""
+    gate = F.gelu(gate)
+    return values * gate if values.requires_grad or gate.requires_grad else values.mul_(gate)
 
 
 class FeedForward(nn.Module):

@@ -6,9 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from autoencoder.model import AttentionBlock
 from ldm.denoiser import Denoiser, Estimate
-from ldm.hardware import fastest_dtype
-from ldm.transformer import TransformerBlock
+from ldm.hardware import fastest_dtype, multiplies_bfloat16_by_vectors
+from ldm.transformer import TransformerBlock, attend
+from pipelines.doubling import use_doubling
 from pipelines.winograd import use_winograd
 
 DTYPES = {
@@ -67,8 +69,13 @@ def prepare(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None
     for part in module.modules():
         if isinstance(part, TransformerBlock):
             part.attn1.join()
-    if device.type == "cpu" and dtype == torch.float32:
-        use_winograd(module)
+        if isinstance(part, AttentionBlock):
+            part.attend = attend
+    if device.type == "cpu":
+        if dtype == torch.float32:
+            use_winograd(module)
+        if dtype == torch.float32 or multiplies_bfloat16_by_vectors():
+            use_doubling(module)  # what multiplies whole matrices would wait for the sums
 
 
 @contextmanager

@@ -69,9 +69,9 @@ def measure_shortcuts(pipe: TextToImagePipeline, pictures: int, rounds: int | No
 
 @contextmanager
 def evaluations(pipe: TextToImagePipeline) -> Iterator[list[int]]:
-    """Latents in each call of the U-Net meanwhile, shallow calls of reused features too."""
+    """Outputs of each call of the U-Net meanwhile, shallow calls of reused features too."""
     sizes: list[int] = []
-    hook = pipe.unet.conv_in.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
+    hook = pipe.unet.conv_out.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
     try:
         yield sizes
     finally:

@@ -9,7 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from ldm import transformer
-from ldm.transformer import MANY, Attention, TransformerBlock, attend, joined
+from ldm.transformer import LONG, MANY_KEYS, Attention, TransformerBlock, attend, joined
 
 
 @pytest.mark.parametrize(
@@ -67,15 +67,22 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("width", [8, 20, 64])
 @pytest.mark.parametrize("size", [1, 4, 16])
-@pytest.mark.parametrize(("queries", "keys"), [(MANY, MANY), (700, 1001)])
+@pytest.mark.parametrize(("queries", "keys"), [(512, 512), (700, 1001)])
+@pytest.mark.parametrize("block", [2**17, 2**20, 2**24], ids=["rows of one head", "two heads or one", "all heads"])
 @torch.no_grad()
 def test_attention_in_blocks_is_the_formula(
-    queries: int, keys: int, size: float, width: int, fused_calls: list[int], monkeypatch: pytest.MonkeyPatch
+    block: int,
+    queries: int,
+    keys: int,
+    size: float,
+    width: int,
+    fused_calls: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At scores of this standard deviation the fused kernel, which keeps them in float32, is less far off, and bfloat16
     scores as they are are farther.
     """
-    monkeypatch.setattr(transformer, "BLOCK", 300 * keys)
+    monkeypatch.setattr(transformer, "BLOCK", block)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, max(queries, keys), 3, 3, width, generator=generator).bfloat16()
     q, k, v = tokens.transpose(1, 3).unbind(2)  # strided, as projections joined in memory leave them
@@ -95,21 +102,24 @@ def test_attention_in_blocks_is_the_formula(
     "change",
     [
         lambda q, k, v: (q[:, :, 1:], k, v),
-        lambda q, k, v: (q, k[:, :, 1:], v[:, :, 1:]),
+        lambda q, k, v: (torch.cat([q, q], 2), k[:, :, 1:], v[:, :, 1:]),
         lambda q, k, v: (q.float(), k.float(), v.float()),
         lambda q, k, v: (q.requires_grad_(), k, v),
         lambda q, k, v: (q, k, v.requires_grad_()),
     ],
-    ids=["few queries", "few keys", "float32", "gradient", "gradient of values"],
+    ids=["short", "few keys", "float32", "gradient", "gradient of values"],
 )
 def test_other_attention_is_fused(change: Any, fused_calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    given = torch.randn(3, 1, 2, MANY, 8, generator=torch.Generator().manual_seed(0)).bfloat16().unbind()
-    attend(*change(*given))
+    generator = torch.Generator().manual_seed(0)
+    heads = LONG // MANY_KEYS // 1024
+    q, k, v = (torch.randn(1, heads, n, 8, generator=generator).bfloat16() for n in (1024, MANY_KEYS, MANY_KEYS))
+    attend(*change(q, k, v))
     assert len(fused_calls) == 1
-    attend(*(each.detach() for each in given))
+    q, k, v = q.detach(), k.detach(), v.detach()
+    attend(q, k, v)
     assert len(fused_calls) == 1
     monkeypatch.setattr(transformer, "multiplies_bfloat16_by_vectors", lambda: False)
-    attend(*(each.detach() for each in given))
+    attend(q, k, v)
     assert len(fused_calls) == 2, "where the CPU multiplies whole matrices"
 
 

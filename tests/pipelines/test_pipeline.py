@@ -232,7 +232,7 @@ def test_big_batches_go_through_the_networks_in_parts(
 ) -> None:
     monkeypatch.setattr(text_to_image, "BATCH", 2)
     sizes: list[int] = []
-    hook = pipe.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    hook = pipe.unet.conv_out.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     try:
         out = pipe(PROMPT, num_images_per_prompt=5, num_inference_steps=1, guidance_scale=3.0)
         assert sizes == [4, 4, 2]
@@ -296,7 +296,7 @@ def test_shortcuts_change_the_picture_and_save_evaluations(pipe: TextToImagePipe
     batches: list[int] = []
     deep: list[int] = []
     hooks = [
-        pipe.unet.conv_in.register_forward_hook(lambda _, given, __: batches.append(len(given[0]))),
+        pipe.unet.conv_out.register_forward_hook(lambda _, given, __: batches.append(len(given[0]))),
         pipe.unet.mid_block.register_forward_hook(lambda *_: deep.append(1)),
     ]
     try:

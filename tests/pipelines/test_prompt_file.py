@@ -84,7 +84,7 @@ def memory_for(pipe: TextToImagePipeline, rows: int, fault: Exception) -> Iterat
         if len(inputs[0]) > rows:
             raise fault
 
-    hook = pipe.unet.register_forward_pre_hook(refuse)
+    hook = pipe.unet.conv_out.register_forward_pre_hook(refuse)
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """How modules run: compiled networks, exact float32, CUDA graphs."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autoencoder.model import AttentionBlock
 from ldm.denoiser import Denoiser, Estimate
 from ldm.samplers import StepInfo
-from ldm.transformer import Attention, joined
-from pipelines import TextToImagePipeline
+from ldm.transformer import Attention, attend, joined
+from pipelines import TextToImagePipeline, runtime
 from pipelines.runtime import CudaGraph
 
 
@@ -130,3 +132,20 @@ def test_a_gpu_renders_what_the_cpu_does(
     assert isinstance(latents, Tensor)
     assert isinstance(expected, Tensor)
     torch.testing.assert_close(latents.cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_autoencoder_attends_as_the_unet_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    plain = AttentionBlock(32, 4)
+    ready, seen = copy.deepcopy(plain), []
+
+    def look(*given: torch.Tensor) -> torch.Tensor:
+        seen.append([tuple(each.shape) for each in given])
+        return attend(*given)
+
+    monkeypatch.setattr(runtime, "attend", look)
+    runtime.prepare(ready, torch.device("cpu"), torch.float32)
+    x = torch.randn(2, 32, 5, 3)
+    torch.testing.assert_close(ready(x), plain(x))
+    assert seen == [[(2, 1, 15, 32)] * 3]
