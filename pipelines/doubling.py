@@ -82,9 +82,12 @@ def convolve_by_differences(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 def _kernels(weight: Tensor) -> list[list[Tensor]]:
     """Along the height, and in each of these along the width: the first tap, the sum of all and the last, [O,C]."""
-    taps = weight.permute(2, 3, 0, 1).to(torch.promote_types(weight.dtype, torch.float32))
-    along_height = (taps[0], taps.sum(0), taps[2])
-    return [[tap.to(weight.dtype) for tap in (row[0], row.sum(0), row[2])] for row in along_height]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    taps = weight.permute(2, 3, 0, 1)
+    sums = taps.sum(0, dtype=dtype)
+    summed = [row.sum(0, dtype=dtype) for row in (taps[0], sums, taps[2])]
+    along_width = zip((taps[0], sums, taps[2]), summed, strict=True)
+    return [[tap.to(weight.dtype).contiguous() for tap in (row[0], whole, row[2])] for row, whole in along_width]
 
 
 def _convolve_rows(maps: Maps, kernels: list[list[Tensor]], bias: Tensor | None, out: Tensor) -> None:

@@ -61,6 +61,15 @@ def test_the_whole_u_net_runs_at_every_nth_call(every: int, whole: list[int]) ->
     assert counts == whole
 
 
+def test_whole_and_shallow_calls_take_several_contexts_for_each_of_the_latents() -> None:
+    (latents, t, _), contexts = inputs(1), torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(4))
+    few, many = (FeatureReuse(random_unet(), 2) for _ in range(2))
+    for _ in range(2):
+        expected = many(torch.cat([latents] * 3), t, contexts)
+        torch.testing.assert_close(few(latents, t, few.read(contexts)), expected)
+    assert few.since == 2
+
+
 def test_another_batch_size_starts_anew() -> None:
     unet = random_unet()
     calls = deep_calls(unet)

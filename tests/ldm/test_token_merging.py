@@ -90,3 +90,12 @@ def test_a_context_is_read_once() -> None:
     unet = random_unet()
     merging, (latents, t, context) = TokenMerging(unet, unet, 0.5), inputs()
     torch.testing.assert_close(merging(latents, t, merging.read(context)), merging(latents, t, context))
+
+
+def test_several_contexts_for_each_of_the_latents() -> None:
+    unet = random_unet()
+    (latents, t, _), contexts = inputs(), torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(4))
+    merging = TokenMerging(unet, unet, 0.5)
+    expected = merging(torch.cat([latents] * 2), t.repeat(2), contexts)
+    torch.testing.assert_close(merging(latents, t, merging.read(contexts)), expected)
+    assert not torch.allclose(unet(latents, t, contexts), expected, atol=1e-3)
