@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from autoencoder import model as autoencoder
 from ldm import layers
+from pipelines.winograd import is_large
 
 POSITIONS = 2048
 """Before they are doubled, that are worked on at a time. What is made of them should fit a cache."""
@@ -51,14 +52,7 @@ def _forward(layer: Any, x: Tensor, *size: tuple[int, int]) -> Tensor:
 def _pays(conv: nn.Module, x: Tensor) -> bool:
     if not isinstance(conv, nn.Conv2d) or conv._forward_hooks or conv._forward_pre_hooks:
         return False  # an adapter took its place, or somebody listens to it
-    weight = conv.weight
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype
-        and weight[:, :, 0, 0].numel() * x[0, 0].numel() >= LARGE
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and not torch.compiler.is_compiling()
-    )
+    return is_large(x, conv.weight, LARGE)
 
 
 def convolve_by_differences(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

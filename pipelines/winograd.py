@@ -52,16 +52,23 @@ def _is_plain(conv: nn.Conv2d) -> bool:
 
 def _conv_forward(conv: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What `nn.Conv2d.forward` calls, in its place."""
-    if (
-        input.device.type == "cpu"
-        and input.dtype == weight.dtype == torch.float32
-        and weight[:, :, 0, 0].numel() * input[0, 0].numel() >= LARGE
-        and not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
-        and not torch.compiler.is_compiling()  # it would unroll the loops
-    ):
+    if input.dtype == torch.float32 and is_large(input, weight, LARGE):
         return convolve(input, weight, bias)
     out: Tensor = nn.Conv2d._conv_forward(conv, input, weight, bias)
     return out
+
+
+def is_large(x: Tensor, weight: Tensor, least: int) -> bool:
+    """Whether a convolution on a CPU, of one dtype and without gradients, has at least so many channels in times
+    channels out times positions of a picture.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and weight[:, :, 0, 0].numel() * x[0, 0].numel() >= least
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.compiler.is_compiling()  # it would unroll the loops
+    )
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
