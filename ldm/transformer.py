@@ -18,6 +18,7 @@ FEW_KEYS = 512  # that the fused kernel of a CPU takes in one block
 LONG = 2**19  # heads times queries times keys from which the formula in blocks is the faster one, and the fewest keys,
 MANY_KEYS = 256  # on a CPU that has no instructions for whole matrices
 BLOCK = 2**21  # scores worked on at a time
+MANY_TOKENS = 512  # from which a 1x1 convolution is the faster linear layer there
 EVERY = 16  # of so many keys one is asked how large the scores of a query are
 
 
@@ -66,10 +67,9 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     (batch, heads, queries, width), keys = q.shape, k.shape[2]
     rows = max(1, min(BLOCK // keys, queries))
     at_once = max(1, BLOCK // (rows * keys))
-    q, k, v = (each.flatten(0, 1) for each in (q, k, v))
-    largest = torch.bmm(q, k[:, ::EVERY].transpose(1, 2)).amax(2, keepdim=True)
-    q, k = torch.cat((q, -largest), dim=2), F.pad(k, (0, 1), value=1.0)
-    v = F.pad(v, (0, -width % VECTOR))  # a product of whole vectors takes three quarters of the time
+    q, k = F.pad(q, (0, 1)).flatten(0, 1), F.pad(k, (0, 1), value=1.0).flatten(0, 1)
+    v = F.pad(v, (0, -width % VECTOR)).flatten(0, 1)  # a product of whole vectors takes three quarters of the time
+    q[:, :, width] = -torch.bmm(q, k[:, ::EVERY].transpose(1, 2)).amax(2)
     made = []
     for some_q, some_k, some_v in zip(*(torch.split(each, at_once) for each in (q, k, v)), strict=True):
         for one_q in torch.split(some_q, rows, dim=1):
@@ -178,9 +178,19 @@ class GEGLU(nn.Module):
         slows down all that reads them."""
         if x.device.type == "cpu" and untouched(self.proj):
             each = zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True)
-            return tuple(F.linear(x, weight, bias) for weight, bias in each)
+            return tuple(_project(x, weight, bias) for weight, bias in each)
         halves: tuple[Tensor, ...] = self.proj(x).chunk(2, dim=-1)
         return halves
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`F.linear(x, weight, bias)` of x [B,N,C] on a CPU. That fills the result with the bias before it multiplies; a
+    1x1 convolution, which adds the bias as it goes, takes up to an eighth less time.
+    """
+    many = x.dtype == torch.bfloat16 and x.shape[1] >= MANY_TOKENS and not torch.is_grad_enabled()
+    if not many or not multiplies_bfloat16_by_vectors():
+        return F.linear(x, weight, bias)
+    return F.conv2d(x.transpose(1, 2).unsqueeze(2), weight[:, :, None, None], bias).squeeze(2).transpose(1, 2)
 
 
 def gated(values: Tensor, gate: Tensor) -> Tensor:

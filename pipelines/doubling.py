@@ -26,6 +26,9 @@ LARGE = 2**24
 """Channels in times channels out times positions of a picture, before they are doubled, below which torch is as fast.
 The batch does not count, so that a picture is the same in any."""
 
+SUMS = ((1, 0, 0), (1, 1, 1), (0, 0, 1))
+"""Of the three taps along one side, the kernels in its three products."""
+
 Maps = tuple[Tensor, Tensor, Tensor]
 """Some rows [B,h,w,C], each less the row above it, and each row below less it; beyond the ends there are zeros."""
 
@@ -74,27 +77,27 @@ def convolve_by_differences(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     return out.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 
 
-def _kernels(weight: Tensor) -> list[list[Tensor]]:
-    """Along the height, and in each of these along the width: the first tap, the sum of all and the last, [O,C]."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    taps = weight.permute(2, 3, 0, 1)
-    sums = taps.sum(0, dtype=dtype)
-    summed = [row.sum(0, dtype=dtype) for row in (taps[0], sums, taps[2])]
-    along_width = zip((taps[0], sums, taps[2]), summed, strict=True)
-    return [[tap.to(weight.dtype).contiguous() for tap in (row[0], whole, row[2])] for row, whole in along_width]
+def _kernels(weight: Tensor) -> Tensor:
+    """Of kernels [O,C,3,3] the first tap, the sum of all and the last, along the height and along the width:
+    [3,3,O,C].
+    """
+    sums = weight.new_tensor(SUMS)
+    both_ways = torch.kron(sums, sums)  # a product adds in float32, and rounds once
+    kernels = both_ways @ weight.permute(0, 2, 3, 1).flatten(1, 2)
+    return kernels.view(len(weight), 3, 3, -1).permute(1, 2, 0, 3)
 
 
-def _convolve_rows(maps: Maps, kernels: list[list[Tensor]], bias: Tensor | None, out: Tensor) -> None:
+def _convolve_rows(maps: Maps, kernels: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """To `out` [B,h,2,w,2,O]."""
-    middle = _along_height(maps, [kernel[1] for kernel in kernels], bias)
+    middle = _along_height(maps, kernels[:, 1], bias)
     before, after = zip(*map(_steps_along_width, maps), strict=True)
     for column, (steps, tap, sign) in enumerate(((before, 0, -1), (after, 2, 1))):
-        aside = _along_height(steps, [kernel[tap] for kernel in kernels], None)
+        aside = _along_height(steps, kernels[:, tap], None)
         for row in (0, 1):
             torch.add(middle[row], aside[row], alpha=sign, out=out[:, :, row, :, column])
 
 
-def _along_height(maps: Maps, kernels: list[Tensor], bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _along_height(maps: Maps, kernels: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The outputs in even rows and those in odd ones, [B,h,w,O] both."""
     (first, whole, last), (same, above, below) = kernels, (each.flatten(0, 2) for each in maps)
     even = F.linear(same, whole, bias)

@@ -9,7 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from ldm import transformer
-from ldm.transformer import LONG, MANY_KEYS, Attention, TransformerBlock, attend, joined
+from ldm.transformer import GEGLU, LONG, MANY_KEYS, MANY_TOKENS, Attention, TransformerBlock, attend, joined
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,38 @@ def test_other_attention_is_fused(change: Any, fused_calls: list[int], monkeypat
     monkeypatch.setattr(transformer, "multiplies_bfloat16_by_vectors", lambda: False)
     attend(q, k, v)
     assert len(fused_calls) == 2, "where the CPU multiplies whole matrices"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "grad", "by_vectors", "expected"),
+    [
+        (torch.bfloat16, MANY_TOKENS, False, True, 2),
+        (torch.bfloat16, MANY_TOKENS - 1, False, True, 0),
+        (torch.bfloat16, MANY_TOKENS, True, True, 0),
+        (torch.bfloat16, MANY_TOKENS, False, False, 0),
+        (torch.float32, MANY_TOKENS, False, True, 0),
+    ],
+)
+def test_gates_are_the_formula_and_where_it_pays_by_a_convolution(
+    dtype: torch.dtype, tokens: int, grad: bool, by_vectors: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer, x = GEGLU(24, 40).to(dtype), torch.randn(2, tokens, 24).to(dtype)
+    values, gate = nn.functional.linear(x.double(), *(each.double() for each in layer.proj.parameters())).chunk(2, -1)
+    formula = values * gate * (1 + torch.erf(gate / math.sqrt(2))) / 2
+    convolution, calls = nn.functional.conv2d, []
+
+    def count(*given: Tensor) -> Tensor:
+        calls.append(given)
+        return convolution(*given)
+
+    monkeypatch.setattr(nn.functional, "conv2d", count)
+    monkeypatch.setattr(transformer, "multiplies_bfloat16_by_vectors", lambda: by_vectors)
+    with torch.set_grad_enabled(grad):
+        out = layer(x)
+    assert len(calls) == expected
+    assert out.is_contiguous()
+    assert (out.double() - formula).norm() < (0.01 if dtype == torch.bfloat16 else 1e-6) * formula.norm()
 
 
 def projections(attention: Attention) -> tuple[Tensor, ...]:
