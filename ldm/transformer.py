@@ -69,13 +69,13 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     at_once = max(1, BLOCK // (rows * keys))
     q, k = F.pad(q, (0, 1)).flatten(0, 1), F.pad(k, (0, 1), value=1.0).flatten(0, 1)
     v = F.pad(v, (0, -width % VECTOR)).flatten(0, 1)  # a product of whole vectors takes three quarters of the time
-    q[:, :, width] = -torch.bmm(q, k[:, ::EVERY].transpose(1, 2)).amax(2)
-    made = []
-    for some_q, some_k, some_v in zip(*(torch.split(each, at_once) for each in (q, k, v)), strict=True):
-        for one_q in torch.split(some_q, rows, dim=1):
+    out = v.new_empty(batch * heads, queries, width)
+    for some_q, some_k, some_v, of_some in zip(*(torch.split(each, at_once) for each in (q, k, v, out)), strict=True):
+        some_q[:, :, width] = -torch.bmm(some_q, some_k[:, ::EVERY].transpose(1, 2)).amax(2)
+        for one_q, of_one in zip(*(torch.split(each, rows, dim=1) for each in (some_q, of_some)), strict=True):
             scores = torch.baddbmm(q.new_zeros(1), one_q, some_k.transpose(1, 2), beta=0, alpha=width**-0.5)
-            made.append(torch.bmm(scores.softmax(2), some_v)[:, :, :width].flatten(0, 1))
-    return torch.cat(made).view(batch, heads, queries, width)
+            of_one.copy_(torch.bmm(scores.softmax(2), some_v)[:, :, :width])
+    return out.view(batch, heads, queries, width)
 
 
 def untouched(layer: nn.Module) -> bool:
@@ -194,9 +194,10 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def gated(values: Tensor, gate: Tensor) -> Tensor:
-    """values GELU(gate), in the memory of values unless a gradient will need them."""
-    gate = F.gelu(gate)
-    return values * gate if values.requires_grad or gate.requires_grad else values.mul_(gate)
+    """values GELU(gate), in their own memory unless a gradient will need them."""
+    if values.requires_grad or gate.requires_grad:
+        return values * F.gelu(gate)
+    return values.mul_(torch.ops.aten.gelu_(gate))
 
 
 class FeedForward(nn.Module):
