@@ -66,7 +66,7 @@ class FeatureReuse(nn.Module):
     def _shallow(self, latents: Tensor, t: Tensor, context: Context, deep: Tensor) -> Tensor:
         unet, last = self.unet, self._last
         x = torch.cat((deep, as_many(unet.conv_in(latents), deep)), dim=1)
-        x = last.resnets[-1](x, as_many(unet._embed(t.to(latents.device).expand(len(latents)), None), deep))
+        x = last.resnets[-1](x, unet._embed(latents, t, context))
         if last.attentions:
             x = last.attentions[-1](x, context)
         out: Tensor = unet.conv_out(silu(unet.conv_norm_out(x)))

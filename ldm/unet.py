@@ -213,7 +213,7 @@ class UNet(nn.Module):
         """Raises ValueError for class labels that are missing, too many or too few, or given to a network without
         classes, and for contexts whose number is no multiple of the latents'.
         """
-        emb = as_many(self._embed(t.to(latents.device).expand(len(latents)), class_labels), context)
+        emb = self._embed(latents, t, context, class_labels)
         skips = [self.conv_in(latents)]
         for block in self.down_blocks:
             skips += block(skips[-1], emb, context)
@@ -224,15 +224,19 @@ class UNet(nn.Module):
         out: Tensor = self.conv_out(silu(self.conv_norm_out(x)))
         return out
 
-    def _embed(self, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        """Embedding of t [B] plus that of the classes, activated once for all the blocks: [B, 4 * width]."""
-        emb: Tensor = self.time_embedding(t)
+    def _embed(self, latents: Tensor, t: Tensor, context: Context, class_labels: Tensor | None = None) -> Tensor:
+        """Embedding of t plus that of the classes, activated once for all the blocks, for each context:
+        [kB, 4 * width].
+        """
+        emb: Tensor = self.time_embedding(t.to(latents.device).expand(len(latents)))
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_labels are given, but the network has no classes: leave them out")
-            return silu(emb)
-        if class_labels is None:
+        elif class_labels is None:
             raise ValueError("class_labels are missing, but the network has classes: give one for each of the latents")
-        if len(class_labels) != len(t):
-            raise ValueError(f"there are {len(class_labels)} class_labels, but {len(t)} latents: give one for each")
-        return silu(emb + self.class_embedding(class_labels.to(emb.device)).to(emb.dtype))
+        elif len(class_labels) != len(latents):
+            given, needed = len(class_labels), len(latents)
+            raise ValueError(f"there are {given} class_labels, but {needed} latents: give one for each")
+        else:
+            emb = emb + self.class_embedding(class_labels.to(emb.device)).to(emb.dtype)
+        return as_many(silu(emb), context)

@@ -21,7 +21,7 @@ RUNS = 3
 STEPS = 2  # of the pictures whose size or number is varied
 NOTES = {"batch": f"ours makes a batch in blocks of {BATCH}, which bounds its memory; diffusers makes all at once"}
 """What is to be known of an axis to read its figures."""
-MARGIN = 1.5  # how many times farther than its curves a y axis goes, so that what does not grow looks so
+BELOW, ABOVE = 1.5, 4  # times farther than its curves a y axis goes: what does not grow looks so, a legend has room
 Axis = list[float]
 Curves = dict[str, dict[str, Axis]]
 """By side: its "seconds" and "bytes" at each value of an axis; bytes beside those of the weights."""
@@ -105,7 +105,7 @@ def _show(row: Mapping[str, Any]) -> None:
         for side, curve in row["curves"].items():
             line |= {f"{side} {unit}": f"{curve[key][i] / scale:.3g}" for key, unit, scale in units}
         lines.append(line)
-    exponents = [f"{each[key]:.2f}" for each in row["exponents"].values() for key, *_ in units]
+    exponents = [f"{each[key]:z.2f}" for each in row["exponents"].values() for key, *_ in units]
     print(f"\nover {row['what']}")
     print(table([*lines, dict(zip(lines[0], ["exponent", *exponents], strict=True))]))
     if "note" in row:
@@ -121,13 +121,13 @@ def _draw(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             column[0].set_title(row["what"], pad=12)
             for axes, key, unit, scale in zip(column, ("seconds", "bytes"), ("s", "MB"), (1, MEGABYTE), strict=True):
                 for color, (side, curve) in zip(PALETTE, row["curves"].items(), strict=False):
-                    label = f"{side}: {row['exponents'][side][key]:.2f}"
+                    label = f"{side}: {row['exponents'][side][key]:z.2f}"
                     axes.plot(row["values"], [each / scale for each in curve[key]], "o-", color=color, label=label)
                 axes.set(xscale="log", yscale="log")
                 axes.set_xticks(row["values"], labels=row["values"], rotation=90)
                 axes.set_xticks([], minor=True)
                 low, high = axes.get_ylim()
-                axes.set_ylim(low / MARGIN, high * MARGIN)
+                axes.set_ylim(low / BELOW, high * ABOVE)
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.yaxis.set_minor_formatter("")
