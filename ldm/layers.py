@@ -30,6 +30,17 @@ def silu(x: Tensor) -> Tensor:
     return F.silu(x, inplace=not x.requires_grad)
 
 
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether what is made of these now is recorded for a gradient."""
+    return torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+
+
+def untouched(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a layer, of one of these kinds, is no more than its weights, so that these may be used without it: no
+    adapter took its place, and nobody listens to it."""
+    return type(layer) in kinds and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
 def made_again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """function(*inputs), of which the inputs alone are kept for the gradient: what is between is made once more."""
     if not any(each.requires_grad for each in inputs):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.hardware import multiplies_bfloat16_by_vectors
-from ldm.layers import VECTOR, GroupNorm, as_many, made_again, zeroed
+from ldm.layers import VECTOR, GroupNorm, as_many, made_again, needs_gradient, untouched, zeroed
 
 SHORT = 2**16  # queries times keys below which the plain formula is the faster one to train with on a CPU
 FEW_KEYS = 512  # that the fused kernel of a CPU takes in one block
@@ -39,9 +39,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.dtype == torch.bfloat16:
         if q.requires_grad and queries * keys <= SHORT:
             return made_again(_attend_plainly, q, k, v)
-        needs_grad = torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v))
         many = keys >= MANY_KEYS and q.shape[1] * queries * keys >= LONG
-        if many and not needs_grad and multiplies_bfloat16_by_vectors():
+        if many and not needs_gradient(q, k, v) and multiplies_bfloat16_by_vectors():
             return _attend_in_blocks(q, k, v)
     missing = -keys % VECTOR
     if missing == 0 or keys > FEW_KEYS:
@@ -69,19 +68,13 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     at_once = max(1, BLOCK // (rows * keys))
     q, k = F.pad(q, (0, 1)).flatten(0, 1), F.pad(k, (0, 1), value=1.0).flatten(0, 1)
     v = F.pad(v, (0, -width % VECTOR)).flatten(0, 1)  # a product of whole vectors takes three quarters of the time
-    out = v.new_empty(batch * heads, queries, width)
+    out, unread = v.new_empty(batch * heads, queries, width), q.new_zeros(1)
     for some_q, some_k, some_v, of_some in zip(*(torch.split(each, at_once) for each in (q, k, v, out)), strict=True):
         some_q[:, :, width] = -torch.bmm(some_q, some_k[:, ::EVERY].transpose(1, 2)).amax(2)
         for one_q, of_one in zip(*(torch.split(each, rows, dim=1) for each in (some_q, of_some)), strict=True):
-            scores = torch.baddbmm(q.new_zeros(1), one_q, some_k.transpose(1, 2), beta=0, alpha=width**-0.5)
+            scores = torch.baddbmm(unread, one_q, some_k.transpose(1, 2), beta=0, alpha=width**-0.5)
             of_one.copy_(torch.bmm(scores.softmax(2), some_v)[:, :, :width])
     return out.view(batch, heads, queries, width)
-
-
-def untouched(layer: nn.Module) -> bool:
-    """Whether a linear layer is no more than its weights, so that these may be used without it: no adapter took its
-    place, and nobody listens to it."""
-    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
 
 
 def joined(matrices: Sequence[Tensor]) -> Tensor | None:
@@ -153,7 +146,8 @@ class Attention(nn.Module):
     def _read_itself(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values of x [B,N,C]: [B,H,N,d] thrice."""
         layers = self.to_q, self.to_k, self.to_v
-        together = joined([layer.weight for layer in layers]) if all(map(untouched, layers)) else None
+        plain = all(untouched(layer, nn.Linear) for layer in layers)
+        together = joined([layer.weight for layer in layers]) if plain else None
         if together is None:
             return self._heads(self.to_q(x)), *self.read(x)
         return tuple(self._heads(each) for each in F.linear(x, together).chunk(3, dim=-1))
@@ -176,7 +170,7 @@ class GEGLU(nn.Module):
     def _halves(self, x: Tensor) -> tuple[Tensor, ...]:
         """Values and gates [B,N,D]. On a CPU each has a product of its own: halves of one tensor are strided, which
         slows down all that reads them."""
-        if x.device.type == "cpu" and untouched(self.proj):
+        if x.device.type == "cpu" and untouched(self.proj, nn.Linear):
             each = zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True)
             return tuple(_project(x, weight, bias) for weight, bias in each)
         halves: tuple[Tensor, ...] = self.proj(x).chunk(2, dim=-1)

@@ -45,17 +45,12 @@ def use_doubling(module: nn.Module) -> None:
 
 def _forward(layer: Any, x: Tensor, *size: tuple[int, int]) -> Tensor:
     """In place of the layer's own; `size` is the U-Net's, which can be one less than the double."""
-    height, width = x.shape[2:]
-    if all(each == (2 * height, 2 * width) for each in size) and _pays(layer.conv, x):
-        return convolve_by_differences(x, layer.conv.weight, layer.conv.bias)
+    (height, width), conv = x.shape[2:], layer.conv
+    doubled = all(each == (2 * height, 2 * width) for each in size)
+    if doubled and layers.untouched(conv, nn.Conv2d, layers.Conv3x3) and is_large(x, conv.weight, LARGE):
+        return convolve_by_differences(x, conv.weight, conv.bias)
     out: Tensor = type(layer).forward(layer, x, *size)
     return out
-
-
-def _pays(conv: nn.Module, x: Tensor) -> bool:
-    if not isinstance(conv, nn.Conv2d) or conv._forward_hooks or conv._forward_pre_hooks:
-        return False  # an adapter took its place, or somebody listens to it
-    return is_large(x, conv.weight, LARGE)
 
 
 def convolve_by_differences(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.layers import needs_gradient
+
 OUT, IN = 4, 6
 """Outputs along each side of a tile, and the inputs that they see."""
 G = (
@@ -66,7 +68,7 @@ def is_large(x: Tensor, weight: Tensor, least: int) -> bool:
         x.device.type == "cpu"
         and x.dtype == weight.dtype
         and weight[:, :, 0, 0].numel() * x[0, 0].numel() >= least
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not needs_gradient(x, weight)
         and not torch.compiler.is_compiling()  # it would unroll the loops
     )
 
